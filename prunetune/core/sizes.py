@@ -1,0 +1,73 @@
+"""Reading and writing amounts: percentages, parameter counts, bytes. Inside the code a fraction is in [0, 1]."""
+
+from __future__ import annotations
+
+import re
+
+_COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_BYTES = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+_AMOUNT = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([a-z%]*)\s*$", re.IGNORECASE)
+
+
+def _split(text: str | int | float) -> tuple[float, str]:
+    match = _AMOUNT.match(str(text))
+    if not match:
+        raise ValueError(f"{text!r} is not an amount")
+    return float(match.group(1)), match.group(2).lower()
+
+
+def parse_fraction(text: str | int | float) -> float:
+    """``"60%"`` or ``0.6`` as 0.6. A bare number above 1 is refused: 60 could mean 60% or a slip."""
+    value, unit = _split(text)
+    if unit == "%":
+        return value / 100
+    if unit:
+        raise ValueError(f"{text!r} is not a fraction; write 60% or 0.6")
+    if value > 1:
+        raise ValueError(f"{text!r} is not a fraction; write {text}% or a number between 0 and 1")
+    return value
+
+
+def parse_count(text: str | int | float) -> int:
+    """``"90M"`` as 90_000_000; K, M and B are powers of ten."""
+    value, unit = _split(text)
+    if unit not in _COUNT:
+        raise ValueError(f"{text!r} is not a count; write for example 90M or 1.2B")
+    return round(value * _COUNT[unit])
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """``"180MB"`` as 180_000_000; MB and GB are powers of ten, MiB and GiB of two."""
+    value, unit = _split(text)
+    if unit not in _BYTES:
+        raise ValueError(f"{text!r} is not a size; write for example 180MB or 1.5GiB")
+    return round(value * _BYTES[unit])
+
+
+def format_fraction(fraction: float) -> str:
+    """0.5969 as ``59.7%``."""
+    return f"{100 * fraction:.1f}%"
+
+
+def format_count(count: float) -> str:
+    """134515008 as ``134.5M``."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if abs(count) >= size:
+            return f"{count / size:.1f}{letter}"
+    return f"{count:.0f}"
+
+
+def format_bytes(size_bytes: float) -> str:
+    """269030016 as ``269.0 MB``."""
+    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
+        if abs(size_bytes) >= size:
+            return f"{size_bytes / size:.1f} {unit}"
+    return f"{size_bytes:.0f} B"
