@@ -1,0 +1,229 @@
+"""Every setting of a run, with its default and what it means. Help texts on the command line come from here.
+
+Settings of a single method (a mask's decay, say) are not listed here: the method declares them itself, and
+``mask.decay: 0.9`` reaches it through the extra keys that the method sections accept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from prunetune.core.sizes import parse_bytes, parse_count, parse_fraction
+
+Fraction = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0.0, le=1.0)]
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+UnitKind = Literal["mlp_channels", "kv_groups", "query_heads", "layers"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodSection(Section):
+    """A section that names a method and carries that method's own options as extra keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    def options(self) -> dict[str, Any]:
+        """The keys that are the method's own; the method checks them."""
+        return dict(self.model_extra or {})
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name: str = Field(description="local folder, Hugging Face Hub id, or a short name such as smollm2-135m")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub")
+    dtype: Dtype = Field("float32", description="the frozen base weights' dtype while training")
+
+
+class DataConfig(Section):
+    """Where the rows come from."""
+
+    train: str = Field("pydocs", description="pydocs, a .jsonl/.json/.csv/.parquet file, a saved datasets folder, or a hub id")
+    validation: str | None = Field(None, description="held-out rows in the same forms; split off from train if not given")
+    validation_fraction: Fraction = Field(0.05, description="share split off when no validation is given")
+    validation_rows: int = Field(400, ge=1, description="at most so many held-out rows")
+    max_rows: int | None = Field(None, ge=1, description="use only so many training rows")
+    format: Literal["auto", "prompt_completion", "messages", "alpaca", "text"] = Field(
+        "auto", description="how rows are laid out; auto recognises it and prints what it saw"
+    )
+    general_text: str | None = Field(
+        None, description="text file for the general perplexity; default: package descriptions installed here"
+    )
+
+
+class TargetConfig(Section):
+    """How small the model becomes: exactly one of kept, params, size."""
+
+    kept: Fraction | None = Field(None, description="fraction of the decoder's linear parameters that stays, e.g. 60%")
+    params: Count | None = Field(None, description="total parameters, e.g. 90M")
+    size: Bytes | None = Field(None, description="bytes of the exported weights, e.g. 180MB")
+    units: tuple[UnitKind, ...] = Field(
+        ("mlp_channels", "kv_groups"), description="the structures that the planner may remove"
+    )
+    align: int = Field(64, ge=1, description="MLP widths are multiples of this")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_dial(cls, value: Any) -> Any:
+        """``target: 60%`` is ``target: {kept: 60%}``."""
+        return value if isinstance(value, dict | TargetConfig) else {"kept": value}
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TargetConfig:
+        given = [name for name in ("kept", "params", "size") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"set exactly one of target.kept, target.params, target.size; set now: {', '.join(given) or 'none'}"
+            )
+        if not self.units:
+            raise ValueError("target.units is empty: nothing could be removed; name at least mlp_channels")
+        return self
+
+
+class MaskConfig(MethodSection):
+    """The method that ranks units while the adapters learn."""
+
+    method: str = Field("saliency", description="see `prunetune list masks`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
+class CompensationConfig(MethodSection):
+    """What the weights that stay do about the ones that leave, at the freeze."""
+
+    method: str = Field("refit", description="see `prunetune list compensation`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
+class PhaseConfig(Section):
+    """Shares of the optimizer steps; recover gets what is left."""
+
+    warmup: Fraction = Field(0.10, description="all gates open")
+    search: Fraction = Field(0.40, description="gates move toward the budget")
+
+    @model_validator(mode="after")
+    def _leaves_recovery(self) -> PhaseConfig:
+        if self.warmup + self.search > 1:
+            raise ValueError(
+                f"phases.warmup ({self.warmup:.0%}) and phases.search ({self.search:.0%}) add up to more than all steps; "
+                "leave at least 25% for recover"
+            )
+        return self
+
+
+class LoraSection(Section):
+    """The adapters that learn the domain."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = Field("all-linear", description="module names, or all-linear")
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class TrainSection(Section):
+    """The training loop. Any other field of trl.SFTConfig can be set under ``sft``."""
+
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: from epochs")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(8, ge=1, description="rows per device and micro-batch")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    learning_rate: float = Field(1e-3, gt=0)
+    scheduler: str = "cosine"
+    warmup_steps: float = Field(0.05, ge=0, description="steps, or a share of all steps if below 1")
+    max_length: int = Field(512, ge=8, description="tokens; longer rows are cut at the end")
+    packing: bool = False
+    bf16: bool = Field(True, description="bfloat16 arithmetic (weights keep model.dtype)")
+    activation_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    completion_only: bool | None = Field(None, description="loss on completions only; default: if rows have them")
+    assistant_only: bool = False
+    log_every: int = Field(1, ge=1)
+    save_every: int = Field(0, ge=0, description="checkpoint every so many steps; 0: a tenth of the run")
+    eval_every: int = Field(0, ge=0, description="validation every so many steps; 0: at the freeze and the end")
+    keep_checkpoints: int = Field(2, ge=1)
+    report_to: tuple[str, ...] = Field((), description="trackers: wandb, tensorboard, mlflow, ...")
+    sft: dict[str, Any] = Field(default_factory=dict, description="any further field of trl.SFTConfig")
+
+
+class ExportSection(Section):
+    """The folder that comes out."""
+
+    dtype: Dtype = Field("bfloat16", description="dtype of the exported weights")
+    folder: Path | None = Field(None, description="default: <run folder>/compact")
+    shard_size: Bytes = Field(5 * 10**9, description="a weights file is at most this large")
+    verify: bool = Field(True, description="reload with stock transformers in a fresh process and compare")
+
+
+class EvaluateSection(Section):
+    """The before/after table."""
+
+    enabled: bool = True
+    rows: int = Field(200, ge=1, description="held-out rows for the domain perplexity")
+    general_tokens: int = Field(8192, ge=128, description="tokens of general text")
+    speed: bool = Field(True, description="measure prefill and decode speed")
+    compare: Literal["base", "dense"] = Field(
+        "base", description="dense: also train the plain LoRA run with the same steps, to show what pruning cost"
+    )
+
+
+class RunConfig(Section):
+    """One run: data, budget, training, export, evaluation."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    target: TargetConfig
+    mask: MaskConfig = MaskConfig()
+    compensation: CompensationConfig = CompensationConfig()
+    phases: PhaseConfig = PhaseConfig()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    export: ExportSection = ExportSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    folder: Path = Field(Path("runs/run"), description="the run folder")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_from_name(cls, value: Any) -> Any:
+        """``model: smollm2-135m`` is ``model: {name: smollm2-135m}``."""
+        if isinstance(value, dict) and isinstance(value.get("model"), str):
+            return {**value, "model": {"name": value["model"]}}
+        return value
+
+    def prune(self) -> PruneConfig:
+        """The part that PruneTuneTrainer takes."""
+        return PruneConfig(
+            target=self.target, mask=self.mask, compensation=self.compensation, phases=self.phases, seed=self.seed
+        )
+
+
+class PruneConfig(Section):
+    """What PruneTuneTrainer needs to know beside TRL's and PEFT's own configs.
+
+    Example:
+        >>> PruneConfig(target="60%", mask="saliency").target.kept
+        0.6
+    """
+
+    target: TargetConfig
+    mask: MaskConfig = MaskConfig()
+    compensation: CompensationConfig = CompensationConfig()
+    phases: PhaseConfig = PhaseConfig()
+    seed: int = 0
