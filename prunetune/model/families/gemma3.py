@@ -1,0 +1,18 @@
+"""Gemma 3, text only: Gemma 2's block with a norm of head size on q and k."""
+
+from prunetune.model.families import FAMILIES
+from prunetune.model.families._table import gated_decoder
+from prunetune.model.families.gemma2 import AFTER_NORM
+
+FAMILIES.register("gemma3")(
+    gated_decoder(
+        "gemma3",
+        ("gemma3_text",),
+        attention_bias="attention_bias",
+        bias_on_o=True,
+        writers=AFTER_NORM,
+        norms_per_layer=4,
+        qk_norm=True,
+        per_layer_lists=("layer_types",),
+    )
+)
