@@ -1,0 +1,33 @@
+"""Which widths a stock config of the target class can say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prunetune.model.architecture import Architecture
+from prunetune.model.budget import Shape
+
+# Families whose transformers 5 config refuses hidden_size % num_attention_heads != 0. Kept so that planning
+# needs no transformers import; tests compare it with what the classes really do.
+HEADS_DIVIDE_HIDDEN = frozenset({"llama", "gemma2", "gemma3_text"})
+
+
+def heads_legal(arch: Architecture, query_heads: int) -> bool:
+    """Whether a stock config of this class can say this number of query heads.
+
+    The dense model's own count is always legal: its config exists.
+    """
+    if query_heads == arch.query_heads:
+        return True
+    return arch.model_type not in HEADS_DIVIDE_HIDDEN or arch.hidden_size % query_heads == 0
+
+
+def config_values(arch: Architecture, shape: Shape) -> dict[str, Any]:
+    """The config.json fields that say a uniform shape. head_dim is always written: it must not be derived."""
+    return {
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.query_heads,
+        "num_key_value_heads": shape.kv_groups,
+        "head_dim": arch.head_dim,
+        "intermediate_size": shape.mlp_channels,
+    }
