@@ -135,7 +135,6 @@ class LoraSection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | tuple[str, ...] = Field("all-linear", description="module names, or all-linear")
     use_rslora: bool = False
-    use_dora: bool = False
 
 
 class TrainSection(Section):

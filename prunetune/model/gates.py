@@ -1,0 +1,166 @@
+"""Gates: numbers in [0, 1] that multiply what a unit hands to its consumer, without wrapping any module.
+
+A forward pre-hook multiplies the consumer's input (a forward hook the writers' outputs, for whole layers), so
+adapters and quantised bases work unchanged and a closed gate equals a removed unit. The gates are leaf tensors
+outside the model: no engine shards them, no optimizer decays them, no clipping mixes them with the adapters.
+Legend: B batch, S sequence, F features of the gated tensor, U units, T = B * S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetune.core.errors import UnsupportedModelError
+from prunetune.model.units import Site
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """What one optimizer step's backward passes say about the gates; summed over its micro-batches.
+
+    Args:
+        grad: site -> (U,) float32, d loss / d gate.
+        square: site -> (U,) float32, sum over tokens of the squared per-token gate gradient; empty unless the
+            GateSet was asked to record it. Losses of different tokens add up to the step's loss.
+    """
+
+    grad: dict[str, Tensor]
+    square: dict[str, Tensor]
+
+
+class _Gate(torch.autograd.Function):
+    """y = x * gate, with the gate's gradient reduced in float32 and, if asked, its per-token squares."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSF: Tensor, gate_U: Tensor, block: int, square_U: Tensor | None) -> Tensor:
+        gate_F = gate_U.to(x_BSF.dtype)
+        if block > 1:
+            gate_F = gate_F.repeat_interleave(block)
+        ctx.save_for_backward(x_BSF, gate_F)
+        ctx.block, ctx.units, ctx.square_U = block, gate_U.shape[0], square_U
+        return x_BSF * gate_F
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        [grad_BSF] = grads
+        x_BSF, gate_F = ctx.saved_tensors
+        grad_TF = grad_BSF.reshape(-1, grad_BSF.shape[-1])
+        product_TU = grad_TF * x_BSF.reshape(grad_TF.shape)
+        if ctx.block > 1:
+            product_TU = product_TU.reshape(-1, ctx.units, ctx.block).sum(-1, dtype=torch.float32)
+        elif ctx.units == 1:
+            product_TU = product_TU.sum(-1, keepdim=True, dtype=torch.float32)
+        if ctx.square_U is not None:
+            ctx.square_U.add_(product_TU.float().square().sum(0))
+        return grad_BSF * gate_F, product_TU.sum(0, dtype=torch.float32), None, None
+
+
+class GateSet:
+    """The gates of a model's sites.
+
+    Args:
+        model: the plain transformers model (for a PeftModel, its ``get_base_model()``).
+        sites: the sites to gate.
+        record_squares: also sum per-token squared gradients (a little slower).
+
+    Raises:
+        UnsupportedModelError: a module named by the family's table is missing.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site], *, record_squares: bool = False):
+        self.sites = tuple(sites)
+        self.record_squares = record_squares
+        self._model = model
+        self._values: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Installs the hooks, with all gates open."""
+        if self._handles:
+            return
+        self.set({site.name: torch.ones(site.size) for site in self.sites})
+        for site in self.sites:
+            for index, path in enumerate(site.gated):
+                module = _submodule(self._model, path, site)
+                if site.kind == "layers":
+                    unit = index * site.size // len(site.gated)
+                    self._handles.append(module.register_forward_hook(self._output_hook(site, unit)))
+                else:
+                    self._handles.append(module.register_forward_pre_hook(self._input_hook(site)))
+
+    def detach(self) -> None:
+        """Removes the hooks; the model is as if there had never been gates."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._values.clear()
+        self._squares.clear()
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Sets the gates for the forward passes to come and forgets what was collected.
+
+        Call it once per optimizer step, outside any forward: recomputation under activation checkpointing must
+        see the same values.
+
+        Args:
+            values: site -> (U,) gates in [0, 1]; sites that are absent keep their values.
+        """
+        for site in self.sites:
+            value = values.get(site.name, self._values.get(site.name))
+            if value is None or value.shape != (site.size,):
+                raise ValueError(f"gates of {site.name} must have shape ({site.size},)")
+            device = self._device(site)
+            self._values[site.name] = value.detach().to(device, torch.float32).clone().requires_grad_()
+            if self.record_squares:
+                self._squares[site.name] = torch.zeros(site.size, device=device)
+
+    def values(self) -> dict[str, Tensor]:
+        """site -> (U,) float32 gates in force."""
+        return {name: value.detach() for name, value in self._values.items()}
+
+    def collect(self) -> GateStatistics:
+        """What the backward passes since the last ``set`` said; zeros where none came through."""
+        grads = {
+            name: torch.zeros_like(value) if value.grad is None else value.grad.detach().clone()
+            for name, value in self._values.items()
+        }
+        return GateStatistics(grads, dict(self._squares))
+
+    def _device(self, site: Site) -> torch.device:
+        parameter = next(_submodule(self._model, site.gated[0], site).parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def _square(self, site: Site) -> Tensor | None:
+        # Only a pass that will be differentiated may add to the record; evaluation passes do not reach backward.
+        return self._squares.get(site.name)
+
+    def _input_hook(self, site: Site) -> Any:
+        def gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            gated = _Gate.apply(args[0], self._values[site.name], site.block, self._square(site))
+            return (gated, *args[1:])
+
+        return gate_input
+
+    def _output_hook(self, site: Site, unit: int) -> Any:
+        def gate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            gate = self._values[site.name][unit : unit + 1]
+            square = self._square(site)
+            return _Gate.apply(output, gate, 1, None if square is None else square[unit : unit + 1])
+
+        return gate_output
+
+
+def _submodule(model: nn.Module, path: str, site: Site) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"the model has no module {path!r}, which the unit table names for {site.kind}; its class differs from the "
+            "stock one that the table was written for. Load the stock class (no remote code), or add a family."
+        ) from error
