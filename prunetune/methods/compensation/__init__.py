@@ -1,0 +1,62 @@
+"""Compensation: what the weights that stay do about the ones that leave, at the freeze. One file, one method.
+
+Exactness never depends on it: the sliced model equals the masked one before compensation is applied.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.registry import Registry
+from prunetune.methods.options import Options, parse_options
+
+
+class Compensation(ABC):
+    """Changes the weight of a linear that loses inputs, one linear at a time.
+
+    Args:
+        options: the method's own options.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    paper: ClassVar[str] = ""
+    tokens: int = 0
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    @abstractmethod
+    def weight(self, weight: Tensor, kept: Tensor, moment: Tensor | None) -> Tensor:
+        """The new weight of a linear on the inputs that stay.
+
+        Args:
+            weight: (out, in) float32 effective dense weight (base + adapters).
+            kept: (kept,) indices of the inputs that stay.
+            moment: (in, in) float32 sum of x x^T over calibration tokens; None if ``tokens`` is 0.
+
+        Returns:
+            (out, kept) float32.
+        """
+
+
+COMPENSATIONS: Registry[type[Compensation]] = Registry("compensation", "prunetune.methods.compensation")
+
+
+def build_compensation(method: str, options: Mapping[str, Any]) -> Compensation:
+    """The compensation called ``method``; raises ConfigError for unknown names, options and values."""
+    kind = COMPENSATIONS.get(method)
+    return kind(parse_options("compensation", method, kind.Options, options))
+
+
+def check_compensation(method: str, options: Mapping[str, Any]) -> list[Problem]:
+    """The problems that ``build_compensation`` would raise."""
+    try:
+        build_compensation(method, options)
+    except ConfigError as error:
+        return list(error.problems)
+    return []

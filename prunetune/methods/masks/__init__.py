@@ -1,0 +1,121 @@
+"""Masks: methods that rank units while the adapters learn. One file is one method; none touches weights.
+
+Per optimizer step the trainer asks for the gates once, runs forward and backward, hands over what the gates
+saw, and at the freeze asks for the plan. Shapes: U units of a site; everything float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from prunetune.config.presets import PhaseSteps
+from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.registry import Registry
+from prunetune.methods.options import Options, parse_options
+from prunetune.model.gates import GateStatistics
+from prunetune.model.plan import Plan
+from prunetune.model.planner import Planner
+
+
+@dataclass(frozen=True)
+class MaskContext:
+    """What a mask may know: the planner (model, sites, budget), the phases in steps, the run's seed."""
+
+    planner: Planner
+    phases: PhaseSteps
+    seed: int
+
+
+class Mask(ABC):
+    """A method that decides which units stay.
+
+    Args:
+        context: the planner, phases and seed.
+        options: the method's own options.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    paper: ClassVar[str] = ""
+    record_squares: ClassVar[bool] = False
+
+    def __init__(self, context: MaskContext, options: Options):
+        self.context = context
+        self.sites = context.planner.sites
+
+    @abstractmethod
+    def gates(self, step: int) -> dict[str, Tensor]:
+        """site -> (U,) gates in [0, 1] for optimizer step ``step`` (0-based); drawn once per step."""
+
+    def eval_gates(self, step: int) -> dict[str, Tensor]:
+        """site -> (U,) deterministic gates for evaluation at this point."""
+        return self.gates(step)
+
+    @abstractmethod
+    def after_backward(self, step: int, statistics: GateStatistics) -> dict[str, float]:
+        """Takes what the step's backward passes saw (already the same on all ranks); returns metrics to log.
+
+        Statistics that are not finite must leave the state unchanged.
+        """
+
+    @abstractmethod
+    def scores(self) -> dict[str, Tensor]:
+        """site -> (U,) finite scores, higher = keep, in one unit of measure over all kinds."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Trainable tensors of the method itself."""
+        return ()
+
+    def penalty(self, step: int) -> Tensor:
+        """Scalar that pulls the gates toward the budget; differentiable in ``parameters()``."""
+        return torch.zeros(())
+
+    def plan(self, origin: Mapping[str, Any]) -> Plan:
+        """The decision at the freeze: aligned, legal, inside the budget."""
+        return self.context.planner.plan(self.scores(), origin=origin)
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, as flat tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores ``state_dict()`` exactly."""
+
+
+MASKS: Registry[type[Mask]] = Registry("mask", "prunetune.methods.masks")
+
+
+def build_mask(method: str, options: Mapping[str, Any], context: MaskContext) -> Mask:
+    """The mask called ``method``; raises ConfigError for unknown names, options and values."""
+    kind = MASKS.get(method)
+    return kind(context, parse_options("mask", method, kind.Options, options))
+
+
+def check_mask(method: str, options: Mapping[str, Any]) -> list[Problem]:
+    """The problems that ``build_mask`` would raise, without building anything."""
+    try:
+        parse_options("mask", method, MASKS.get(method).Options, options)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def finite(statistics: GateStatistics) -> bool:
+    """Whether every number in the statistics is finite."""
+    return all(bool(torch.isfinite(t).all()) for part in (statistics.grad, statistics.square) for t in part.values())
+
+
+def unit_params(planner: Planner) -> dict[str, float]:
+    """kind -> decoder parameters that one unit carries; the exchange rate between kinds without a loss."""
+    arch = planner.arch
+    head = 2 * arch.head_dim * arch.hidden_size
+    group = head * (1 + arch.queries_per_group)
+    channel = 3 * arch.hidden_size
+    layer = arch.kv_groups * group + arch.mlp_channels * channel
+    return {"mlp_channels": channel, "kv_groups": group, "query_heads": head, "layers": layer}

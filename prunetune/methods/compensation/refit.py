@@ -1,0 +1,51 @@
+"""Ridge least squares: the inputs that stay reproduce what all inputs produced together."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from prunetune.core.errors import PrunetuneError
+from prunetune.methods.compensation import COMPENSATIONS, Compensation
+from prunetune.methods.options import Options
+
+
+class RefitOptions(Options):
+    """Options of refit."""
+
+    tokens: int = Field(16384, ge=256, description="calibration tokens from the training rows")
+    ridge: float = Field(0.01, gt=0, description="of the mean diagonal of the second moment")
+
+
+@COMPENSATIONS.register("refit")
+class Refit(Compensation):
+    """Ridge least squares of the consumer on the inputs that stay: W C[:, S] (C[S, S] + ridge I)^-1.
+
+    C is the second moment of the dense inputs, S the ones that stay; the same normal equations as in
+    arXiv 2503.09657. The solution minimises the squared change of the linear's output on the calibration tokens.
+    """
+
+    Options = RefitOptions
+    paper = "arXiv 2503.09657"
+
+    def __init__(self, options: RefitOptions):
+        super().__init__(options)
+        self.options: RefitOptions = options
+        self.tokens = options.tokens
+
+    def weight(self, weight: Tensor, kept: Tensor, moment: Tensor | None) -> Tensor:
+        assert moment is not None, "refit asks for tokens, so it is given a moment"
+        ridge = self.options.ridge * float(moment.diagonal().mean())
+        inner = moment.index_select(0, kept).index_select(1, kept).double()
+        inner.diagonal().add_(ridge)
+        # The ridge pulls toward the weights that stay as they are, not toward zero: with no data nothing changes.
+        dense = weight.index_select(1, kept)
+        right = weight.double() @ moment.index_select(1, kept).double() + ridge * dense.double()
+        factor, fault = torch.linalg.cholesky_ex(inner)
+        if int(fault):
+            raise PrunetuneError(
+                "refit: the second moment of a linear's inputs is not positive definite; its activations are not "
+                "finite. Set compensation.ridge higher, or compensation: none"
+            )
+        return torch.cholesky_solve(right.T, factor).T.float()

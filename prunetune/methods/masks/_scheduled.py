@@ -1,0 +1,104 @@
+"""Masks whose gates follow a schedule: a cubic ramp of the budget, a soft fade toward the current plan."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from prunetune.methods.masks import Mask, MaskContext
+from prunetune.methods.options import Options
+from prunetune.model.gates import GateStatistics
+
+
+class ScheduleOptions(Options):
+    """How fast gates close."""
+
+    fade_share: float = Field(0.2, gt=0, le=1, description="a gate needs this share of the search to close or open")
+    ramp_share: float = Field(0.8, gt=0, le=1, description="the budget is reached after this share of the search")
+    refresh: int = Field(1, ge=1, description="decide anew every so many steps")
+
+
+class ScheduledMask(Mask):
+    """Base of the masks that rank units by a score of their own.
+
+    The budget on the way follows 1 - (1 - p)^3 (Zhu & Gupta, arXiv 1710.01878): fast early, slow late. Each step
+    moves every gate by a fixed amount toward the current plan (0 or 1), so a closed unit may reopen until the
+    freeze if its score recovers.
+    """
+
+    Options = ScheduleOptions
+
+    def __init__(self, context: MaskContext, options: ScheduleOptions):
+        super().__init__(context, options)
+        self.options = options
+        self._gates = {site.name: torch.ones(site.size) for site in self.sites}
+        self._target = {site.name: torch.ones(site.size) for site in self.sites}
+
+    @abstractmethod
+    def scores(self) -> dict[str, Tensor]: ...
+
+    def way(self, step: int) -> float:
+        """How far from dense (0) to the budget (1) the gates should be heading at this step."""
+        start, freeze = self.context.phases.warmup_end, self.context.phases.freeze
+        if step < start:
+            return 0.0
+        ramp = max(1.0, self.options.ramp_share * (freeze - start))
+        progress = min(1.0, (step + 1 - start) / ramp)
+        return 1.0 - (1.0 - progress) ** 3
+
+    def gates(self, step: int) -> dict[str, Tensor]:
+        return dict(self._gates)
+
+    def after_backward(self, step: int, statistics: GateStatistics) -> dict[str, float]:
+        self.observe(step, statistics)
+        start = self.context.phases.warmup_end
+        if step + 1 < start:
+            return {}
+        changed = 0.0
+        if (step + 1 - start) % self.options.refresh == 0:
+            changed = self._aim(self.way(step))
+        self._move()
+        return {"units_retargeted": changed}
+
+    def observe(self, step: int, statistics: GateStatistics) -> None:  # noqa: B027 - a hook, not a duty
+        """Takes the step's statistics into the scores; masks that need none leave this out."""
+
+    def _aim(self, way: float) -> float:
+        """Points the gates at the plan for this part of the way; returns the share of units that changed."""
+        kept = self.aim_plan(way)
+        changed = total = 0.0
+        for site in self.sites:
+            target = torch.ones(site.size)
+            if site.name in kept:
+                target.zero_()
+                target[list(kept[site.name])] = 1.0
+            elif site.layer >= 0 and "layers" in kept and site.layer not in kept["layers"]:
+                # The layer's own gate closes it; its inner gates keep collecting scores, open.
+                target = self._target[site.name]
+            changed += float((target != self._target[site.name]).sum())
+            total += site.size
+            self._target[site.name] = target
+        return changed / total
+
+    def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
+        """site -> units that stay at this part of the way."""
+        return self.context.planner.plan(self.scores(), way=way, aligned=way == 1.0).kept
+
+    def _move(self) -> None:
+        phases = self.context.phases
+        step = 1.0 / max(1.0, self.options.fade_share * (phases.freeze - phases.warmup_end))
+        for name, gate in self._gates.items():
+            distance = self._target[name] - gate
+            self._gates[name] = gate + distance.clamp(-step, step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"gate.{name}": gate for name, gate in self._gates.items()}
+        return {**state, **{f"target.{name}": target for name, target in self._target.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._gates = {name: state[f"gate.{name}"].clone() for name in self._gates}
+        self._target = {name: state[f"target.{name}"].clone() for name in self._target}

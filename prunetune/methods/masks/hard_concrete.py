@@ -1,0 +1,141 @@
+"""L0 gates: stretched binary concrete noise on learnt logits, a learnt multiplier that holds the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from prunetune.core.streams import stream
+from prunetune.methods.masks import MASKS, Mask, MaskContext, finite, unit_params
+from prunetune.methods.options import Options
+from prunetune.model.budget import decoder_params, full_shape
+from prunetune.model.gates import GateStatistics
+
+# Stretch limits and temperature of Louizos et al. (arXiv 1712.01312).
+LOW, HIGH, BETA = -0.1, 1.1, 2.0 / 3.0
+
+
+class HardConcreteOptions(Options):
+    """Options of the hard concrete mask."""
+
+    learning_rate: float = Field(0.1, gt=0, description="of the gate logits (Adam)")
+    multiplier_rate: float = Field(2.0, gt=0, description="of the multipliers (ascent)")
+    ramp_share: float = Field(0.6, gt=0, le=1, description="the budget is reached after this share of the search")
+    init: float = Field(2.5, description="first logit; 2.5 keeps a gate open with probability 0.98")
+    noise: bool = Field(True, description="sample gates while training; off: expected gates")
+
+
+@MASKS.register("hard_concrete")
+class HardConcreteMask(Mask):
+    """Hard concrete L0 gates with a Lagrangian budget and learnt multipliers.
+
+    z = clip(sigmoid((logit + ln u - ln(1 - u)) / beta) * 1.2 - 0.1, 0, 1) (Louizos et al., arXiv 1712.01312); the
+    expected kept parameters are held to the budget on the way by lambda1 * gap + lambda2 * gap^2 with both
+    multipliers ascending (Xia et al., arXiv 2310.06694). Logits have their own Adam and are never decayed.
+    """
+
+    Options = HardConcreteOptions
+    paper = "arXiv 1712.01312, 2310.06694"
+
+    def __init__(self, context: MaskContext, options: HardConcreteOptions):
+        super().__init__(context, options)
+        self.options = options
+        self._logits = {site.name: torch.full((site.size,), options.init).requires_grad_() for site in self.sites}
+        self._multipliers = torch.zeros(2, requires_grad=True)
+        self._adam = torch.optim.Adam(list(self._logits.values()), lr=options.learning_rate, betas=(0.9, 0.99))
+        costs = unit_params(context.planner)
+        self._costs = {site.name: costs[site.kind] for site in self.sites}
+        self._final_kept = self._budget_of_gated()
+
+    def _budget_of_gated(self) -> float:
+        """The fraction of the gated parameters that the largest shape inside the budget keeps."""
+        arch, candidates = self.context.planner.arch, self.context.planner.candidates
+        full = decoder_params(arch, full_shape(arch))
+        largest = max(decoder_params(arch, shape) for shape in candidates)
+        gated = sum(cost * self._logits[name].numel() for name, cost in self._costs.items())
+        return max(0.0, 1.0 - (full - largest) / gated)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return [*self._logits.values(), self._multipliers]
+
+    def gates(self, step: int) -> dict[str, Tensor]:
+        return {name: gate.detach() for name, gate in self._gates(step).items()}
+
+    def eval_gates(self, step: int) -> dict[str, Tensor]:
+        return {name: _stretch(torch.sigmoid(logit.detach())) for name, logit in self._logits.items()}
+
+    def _gates(self, step: int) -> dict[str, Tensor]:
+        if step < self.context.phases.warmup_end:
+            return {name: torch.ones_like(logit) for name, logit in self._logits.items()}
+        return {name: self._sample(step, name, logit) for name, logit in self._logits.items()}
+
+    def _sample(self, step: int, name: str, logit: Tensor) -> Tensor:
+        if not self.options.noise:
+            return _stretch(torch.sigmoid(logit / BETA))
+        uniform = stream(self.context.seed, "mask.hard_concrete", step, name).random(logit.numel())
+        u = torch.from_numpy(uniform).float().clamp(1e-6, 1 - 1e-6)
+        return _stretch(torch.sigmoid((logit + torch.log(u) - torch.log1p(-u)) / BETA))
+
+    def _open_probability(self) -> dict[str, Tensor]:
+        """site -> (U,): P(z > 0)."""
+        shift = BETA * math.log(-LOW / HIGH)
+        return {name: torch.sigmoid(logit - shift) for name, logit in self._logits.items()}
+
+    def expected_kept(self) -> Tensor:
+        """Expected fraction of the gated parameters that stays, in [0, 1]."""
+        open_ = self._open_probability()
+        kept = sum((self._costs[name] * p.sum() for name, p in open_.items()), torch.zeros(()))
+        return kept / sum(self._costs[name] * p.numel() for name, p in open_.items())
+
+    def target_kept(self, step: int) -> float:
+        """Where the expected kept fraction should be at this step: a linear ramp."""
+        phases = self.context.phases
+        ramp = max(1.0, self.options.ramp_share * (phases.freeze - phases.warmup_end))
+        return 1.0 - (1.0 - self._final_kept) * min(1.0, max(0.0, (step + 1 - phases.warmup_end) / ramp))
+
+    def penalty(self, step: int) -> Tensor:
+        gap = self.expected_kept() - self.target_kept(step)
+        return self._multipliers[0] * gap + self._multipliers[1] * gap.square()
+
+    def after_backward(self, step: int, statistics: GateStatistics) -> dict[str, float]:
+        kept = float(self.expected_kept().detach())
+        if step < self.context.phases.warmup_end or not finite(statistics):
+            return {"mask_expected_kept": kept}
+        self._adam.zero_grad()
+        self._multipliers.grad = None
+        # The model's gradient reaches the logits through the same sample that the forward used.
+        surrogate = sum((g * statistics.grad[n].cpu()).sum() for n, g in self._gates(step).items())
+        (surrogate + self.penalty(step)).backward()  # type: ignore[union-attr]
+        self._adam.step()
+        with torch.no_grad():
+            assert self._multipliers.grad is not None
+            self._multipliers += self.options.multiplier_rate * self._multipliers.grad
+            self._multipliers[1].clamp_(min=0.0)
+        return {"mask_expected_kept": kept, "mask_lambda": float(self._multipliers[0])}
+
+    def scores(self) -> dict[str, Tensor]:
+        # Probability times parameters: the expected parameters that stay, one unit of measure over all kinds.
+        return {name: (self._costs[name] * p).detach() for name, p in self._open_probability().items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"logit.{name}": logit.detach() for name, logit in self._logits.items()}
+        for name, logit in self._logits.items():
+            for key, value in self._adam.state[logit].items():
+                state[f"adam.{key}.{name}"] = value
+        return {**state, "multipliers": self._multipliers.detach()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self._multipliers.copy_(state["multipliers"])
+            for name, logit in self._logits.items():
+                logit.copy_(state[f"logit.{name}"])
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]
+                self._adam.state[logit] = {key: state[f"adam.{key}.{name}"].clone() for key in keys}
+
+
+def _stretch(s: Tensor) -> Tensor:
+    return (s * (HIGH - LOW) + LOW).clamp(0.0, 1.0)

@@ -1,0 +1,151 @@
+"""What happens between the Trainer's steps: gates, the freeze point, metrics.jsonl, the progress bar, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from prunetune.core.console import console, is_main_process
+from prunetune.core.files import write_text
+
+
+class JointCallback(TrainerCallback):
+    """Lets the joint trainer act at the right moments of a step; the trainer does the work."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_leg(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_step(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.before_optimizer_step(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.stop_after(state.global_step):
+            control.should_save = control.should_training_stop = True
+        if control.should_save:
+            # What is averaged since the last log is not in a checkpoint, so a checkpoint always comes with a log.
+            control.should_log = True
+
+
+class MetricsFile(TrainerCallback):
+    """``metrics.jsonl``: one JSON object a log, across the freeze and across resumptions."""
+
+    def __init__(self, path: Path, facts: Callable[[], dict[str, Any]]):
+        self._path, self._facts = path, facts
+        self._last = time.monotonic()
+        self._last_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last, self._last_step = time.monotonic(), state.global_step
+        if is_main_process() and self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= state.global_step]
+            write_text(self._path, "".join(f"{line}\n" for line in kept if line))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not is_main_process():
+            return
+        entry = {"step": state.global_step, **self._facts(), **(logs or {})}
+        if "loss" in entry and state.global_step > self._last_step:
+            now = time.monotonic()
+            entry["step_seconds"] = round((now - self._last) / (state.global_step - self._last_step), 4)
+            self._last, self._last_step = now, state.global_step
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        # A line cut short by a crash belongs to no step.
+        return float("inf")
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the whole run: phase, loss, kept fraction, time left."""
+
+    def __init__(self, facts: Callable[[], dict[str, Any]]):
+        self._facts = facts
+        self._loss = ""
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None or not is_main_process() or args.disable_tqdm:
+            return
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        ]
+        self._bar = Progress(*columns, console=console(), redirect_stdout=False, redirect_stderr=False)
+        self._task = self._bar.add_task("starting", total=state.max_steps, completed=state.global_step, shown="")
+        self._bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._loss = f"loss {logs['loss']:.3f} "
+            if self._bar is not None and not console().is_terminal:
+                # A log file gets a line now and then instead of a bar that redraws itself.
+                if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
+                    console().print(f"step {state.global_step}/{state.max_steps}  {self._shown()}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            phase = self._facts().get("phase", "train")
+            self._bar.update(self._task, completed=state.global_step, description=phase, shown=self._shown())
+
+    def _shown(self) -> str:
+        kept = self._facts().get("kept_fraction")
+        return f"{self._loss}kept {100 * kept:.0f}%" if kept is not None else self._loss
+
+    def close(self) -> None:
+        """Takes the bar down, also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class Interruption:
+    """Turns Ctrl-C and SIGTERM into a request to save and stop after the current step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        # Signals can only be handled in the main thread; elsewhere they keep their meaning.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
+            # The second time is meant: stop at once, the last checkpoint stays.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.requested = True
+        console().print("\n[yellow]![/yellow] stopping after this step and saving; once more stops at once")

@@ -1,0 +1,125 @@
+"""Checkpoints that carry the joint state, are complete or not there, and can be sliced.
+
+A checkpoint is the Trainer's folder plus ``mask.safetensors`` and, written last, ``prunetune.json`` with the
+size of every file: a folder without it, or with a file of another size, was cut short and is passed over.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunetune.core.files import read_json, write_json
+from prunetune.model.surgery import Surgery
+
+MARKER = "prunetune.json"
+MASK_FILE = "mask.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+STATE_FILE = "trainer_state.json"
+
+
+def write_marker(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Declares a checkpoint complete."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MARKER}
+    write_json(folder / MARKER, {**facts, "files": sizes})
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """The facts of a complete checkpoint; None if it was cut short."""
+    try:
+        facts: dict[str, Any] = read_json(folder / MARKER)
+        whole = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return facts if whole else None
+
+
+def save_mask(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes the mask's state beside the Trainer's files."""
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / MASK_FILE)
+
+
+def load_mask(folder: Path) -> dict[str, Tensor]:
+    """Reads the mask's state."""
+    return load_file(folder / MASK_FILE)
+
+
+def newest(output_dir: Path, freeze_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, the sliced one that the freeze left included."""
+    folders = [*output_dir.glob("checkpoint-*"), freeze_dir / "checkpoint"]
+    found = [(global_step(folder), bool((read_marker(folder) or {}).get("frozen")), folder) for folder in folders
+             if read_marker(folder) is not None]
+    return max(found)[2] if found else None
+
+
+def global_step(folder: Path) -> int:
+    """Optimizer steps done when the checkpoint was written."""
+    return int(read_json(folder / STATE_FILE)["global_step"])
+
+
+def slice_checkpoint(source: Path, target: Path, surgery: Surgery, names: Sequence[Sequence[str]]) -> None:
+    """Copies a checkpoint with its adapter and optimizer state sliced.
+
+    Args:
+        source: a complete checkpoint of the dense model.
+        target: folder to make.
+        surgery: the plan made ready for the dense model.
+        names: for every param group of the optimizer, its parameters' names in the dense model, in order.
+    """
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(ADAPTER_FILE, OPTIMIZER_FILE, MARKER, MASK_FILE))
+    adapter = slice_tensors(load_file(source / ADAPTER_FILE), surgery)
+    save_file(adapter, target / ADAPTER_FILE, metadata={"format": "pt"})
+    state = torch.load(source / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    torch.save(slice_optimizer(state, surgery, names), target / OPTIMIZER_FILE)
+    _forget_best(target / STATE_FILE)
+
+
+def slice_tensors(tensors: Mapping[str, Tensor], surgery: Surgery) -> dict[str, Tensor]:
+    """Named tensors of the dense model under their sliced names; those of removed layers are left out."""
+    sliced = {}
+    for name, tensor in tensors.items():
+        new_name, cut = surgery.rename(name), surgery.slice_parameter(name, tensor)
+        if new_name is not None and cut is not None:
+            sliced[new_name] = cut.contiguous()
+    return sliced
+
+
+def slice_optimizer(state: dict[str, Any], surgery: Surgery, names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """An optimizer's ``state_dict`` for the sliced model: moments cut like their parameters, indices renumbered."""
+    new_state: dict[int, Any] = {}
+    new_groups = []
+    for group, group_names in zip(state["param_groups"], names, strict=True):
+        indices = []
+        for index, name in zip(group["params"], group_names, strict=True):
+            if surgery.rename(name) is None:
+                continue
+            new_index = sum(len(done["params"]) for done in new_groups) + len(indices)
+            if index in state["state"]:
+                new_state[new_index] = {
+                    key: _slice_moment(name, value, surgery) for key, value in state["state"][index].items()
+                }
+            indices.append(new_index)
+        new_groups.append({**group, "params": indices})
+    return {"state": new_state, "param_groups": new_groups}
+
+
+def _slice_moment(name: str, value: Any, surgery: Surgery) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    sliced = surgery.slice_parameter(name, value)
+    assert sliced is not None, "parameters of removed layers were left out before"
+    return sliced.contiguous()
+
+
+def _forget_best(state_file: Path) -> None:
+    # A "best" checkpoint from before the freeze does not fit the sliced model.
+    state = read_json(state_file)
+    state.update(best_metric=None, best_global_step=None, best_model_checkpoint=None)
+    write_json(state_file, state)

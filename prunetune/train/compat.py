@@ -1,0 +1,129 @@
+"""Every private name of TRL, transformers and PEFT that prunetune relies on, and what cannot be combined.
+
+tests/upstream checks each of them, so that a new release fails there and not in a user's run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from prunetune.core.errors import ConfigError, Problem
+
+# Optimizers whose state has the shape of the parameters, so that it can be sliced with them.
+SLICEABLE_OPTIMIZERS = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
+
+__all__ = ["SLICEABLE_OPTIMIZERS", "one_run", "quiet_progress", "refusals", "rotate_checkpoints"]
+
+
+def refusals(args: Any, model: Any, optimizer: Any) -> list[Problem]:
+    """What TRL allows but joint pruning cannot do, each with what to set instead."""
+    found = []
+
+    def refuse(when: Any, field: str, why: str) -> None:
+        if when:
+            found.append(Problem(why, field))
+
+    refuse(
+        args.optim not in SLICEABLE_OPTIMIZERS,
+        "optim",
+        f"{args.optim!s}: its state does not have the shape of the parameters and cannot be sliced at the freeze; "
+        f"set one of {', '.join(sorted(SLICEABLE_OPTIMIZERS))}",
+    )
+    refuse(
+        optimizer is not None,
+        "optimizers",
+        "a ready-made optimizer holds the dense parameters, which are replaced at the freeze; set args.optim instead",
+    )
+    refuse(
+        args.load_best_model_at_end,
+        "load_best_model_at_end",
+        "checkpoints before and after the freeze have different shapes, so the best one may not fit; set it to False",
+    )
+    refuse(
+        args.auto_find_batch_size,
+        "auto_find_batch_size",
+        "it restarts the run in the middle and would count gate scores twice; set per_device_train_batch_size",
+    )
+    refuse(
+        args.save_only_model,
+        "save_only_model",
+        "the freeze slices a checkpoint with its optimizer; set it to False",
+    )
+    refuse(args.torch_compile, "torch_compile", "compiled code keeps the dense shapes; set it to False")
+    refuse(args.fsdp, "fsdp", "sharded bases cannot be sliced yet; use DDP (configs/accelerate/ddp.yaml)")
+    refuse(args.deepspeed, "deepspeed", "sharded states cannot be sliced yet; use DDP (configs/accelerate/ddp.yaml)")
+    refuse(
+        getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False),
+        "model",
+        "a quantised base cannot be sliced yet; load it in bfloat16",
+    )
+    return found
+
+
+def adapter_refusals(model: Any, linears: set[str]) -> list[Problem]:
+    """What is wrong with the adapters of a PeftModel for joint pruning.
+
+    Args:
+        model: the model as the trainer holds it.
+        linears: last names of the linears that the plan may cut, e.g. ``down_proj``.
+    """
+    configs = getattr(model, "peft_config", None)
+    if configs is None:
+        return [Problem("joint pruning trains LoRA adapters; pass peft_config=LoraConfig(...)", "peft_config")]
+    found = []
+    if len(configs) != 1:
+        found.append(Problem(f"one adapter is trained and merged; the model has {sorted(configs)}", "peft_config"))
+    for config in configs.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind != "LORA":
+            found.append(Problem(f"{kind} adapters cannot be sliced with the model; use LoraConfig", "peft_config"))
+        elif config.use_dora:
+            found.append(
+                Problem("DoRA's norms include the removed inputs, so slicing would change it; set False", "use_dora")
+            )
+        for name in getattr(config, "modules_to_save", None) or ():
+            if name.rpartition(".")[2] in linears:
+                found.append(Problem(f"{name} is pruned; train it through LoRA instead", "modules_to_save"))
+    return found
+
+
+def raise_if_any(problems: list[Problem]) -> None:
+    """Raises ConfigError with all the problems, if there are any."""
+    if problems:
+        raise ConfigError(problems)
+
+
+def quiet_progress(trainer: Any) -> None:
+    """Removes the progress bar and printer of transformers; prunetune draws one bar across the freeze."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+
+
+@contextlib.contextmanager
+def one_run(handler: CallbackHandler, *, begins: bool, ends: bool) -> Iterator[None]:
+    """Lets two calls of ``Trainer.train`` look like one to trackers and other callbacks.
+
+    Args:
+        handler: the trainer's callback handler.
+        begins: whether ``on_train_begin`` is announced in this call.
+        ends: whether ``on_train_end`` is.
+    """
+
+    def silent(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = False
+        return control
+
+    if not begins:
+        handler.on_train_begin = silent  # type: ignore[method-assign]
+    if not ends:
+        handler.on_train_end = silent  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        handler.__dict__.pop("on_train_begin", None)
+        handler.__dict__.pop("on_train_end", None)

@@ -1,0 +1,154 @@
+"""The freeze: from a checkpoint of the masked dense model to one of the sliced model, and back from its folder.
+
+``freeze/`` holds ``plan.json``, ``scores.safetensors``, ``updates.safetensors`` (base weights changed by
+compensation, already sliced), ``adapter/`` (before slicing, for another budget later) and ``checkpoint/`` (sliced,
+to resume from). It appears in one step, so a run is either before its freeze or after it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prunetune.core.errors import PlanMismatchError
+from prunetune.core.files import new_folder
+from prunetune.methods.compensation import Compensation
+from prunetune.model.plan import Plan
+from prunetune.model.statistics import SecondMoments, in_groups
+from prunetune.model.surgery import Surgery, base_model, slice_model
+from prunetune.train.checkpoint import (
+    load_mask,
+    read_marker,
+    save_mask,
+    slice_checkpoint,
+    write_marker,
+)
+
+FREEZE = "freeze"
+PLAN_FILE = "plan.json"
+SCORES_FILE = "scores.safetensors"
+UPDATES_FILE = "updates.safetensors"
+
+# Second moments of as many linears as fit are collected in one pass over the calibration tokens.
+MOMENTS_LIMIT_BYTES = 2 * 2**30
+
+
+def compensated_weights(
+    model: nn.Module,
+    surgery: Surgery,
+    compensation: Compensation,
+    collect: Callable[[SecondMoments], None],
+) -> dict[str, Tensor]:
+    """New base weights of the linears that lose inputs.
+
+    Args:
+        model: the masked dense model (gates closed as the plan says), adapters attached.
+        surgery: the plan made ready for it.
+        compensation: the method.
+        collect: runs the calibration tokens through the model while the moments listen, on all processes.
+
+    Returns:
+        dense module path -> (out, kept) base weight in the base's dtype, on the CPU; with the adapters added back
+        it is the weight that the method found.
+    """
+    base = base_model(model)
+    losing = [path for path, cut in surgery.cuts.items() if cut.columns is not None]
+    updates: dict[str, Tensor] = {}
+    for group in in_groups(losing, lambda path: base.get_submodule(path).in_features, MOMENTS_LIMIT_BYTES):
+        moments = SecondMoments(base, group)
+        if compensation.tokens:
+            collect(moments)
+        for path in group:
+            module, kept = base.get_submodule(path), surgery.cuts[path].columns
+            assert kept is not None
+            weight, delta = _weight_and_delta(module)
+            kept = kept.to(weight.device)
+            found = compensation.weight(weight.float() + delta, kept, moments.sums.pop(path, None))
+            updates[path] = (found - delta.index_select(1, kept)).to(weight.dtype).cpu().contiguous()
+    return updates
+
+
+def _weight_and_delta(module: Any) -> tuple[Tensor, Tensor]:
+    """(base weight, float32 delta of the active adapters) of a linear or a PEFT layer around one."""
+    if not hasattr(module, "base_layer"):
+        weight = module.weight.data
+        return weight, torch.zeros_like(weight, dtype=torch.float32)
+    weight = module.base_layer.weight.data
+    delta = torch.zeros_like(weight, dtype=torch.float32)
+    for adapter in module.active_adapters:
+        delta += module.get_delta_weight(adapter).detach().float()
+    return weight, delta
+
+
+def write_freeze(
+    target: Path,
+    checkpoint: Path,
+    plan: Plan,
+    surgery: Surgery,
+    scores: dict[str, Tensor],
+    updates: dict[str, Tensor],
+    names: Sequence[Sequence[str]],
+) -> None:
+    """Writes the freeze folder in one step; see the module's docstring for what is in it."""
+    with new_folder(target, replace=True) as folder:
+        plan.save(folder / PLAN_FILE)
+        save_file({name: score.contiguous() for name, score in scores.items()}, folder / SCORES_FILE)
+        save_file(updates, folder / UPDATES_FILE)
+        (folder / "adapter").mkdir()
+        for file in checkpoint.glob("adapter_*"):
+            shutil.copy2(file, folder / "adapter")
+        sliced = folder / "checkpoint"
+        slice_checkpoint(checkpoint, sliced, surgery, names)
+        save_mask(sliced, load_mask(checkpoint))
+        facts = read_marker(checkpoint) or {}
+        write_marker(sliced, {**facts, "frozen": True, "plan": plan.digest()})
+
+
+def adopt_freeze(model: nn.Module, folder: Path) -> Plan:
+    """Slices a live dense model as a freeze folder says, compensation included.
+
+    Args:
+        model: the dense model with fresh or trained adapters.
+        folder: the freeze folder.
+
+    Raises:
+        PlanMismatchError: the folder belongs to another model.
+    """
+    plan = Plan.load(folder / PLAN_FILE)
+    apply_updates(model, Surgery(slice_model(model, plan), plan), folder)
+    return plan
+
+
+def apply_updates(model: nn.Module, surgery: Surgery, folder: Path) -> None:
+    """Puts the compensated base weights of a freeze folder into a sliced model."""
+    base = base_model(model)
+    for path, update in load_file(folder / UPDATES_FILE).items():
+        module = base.get_submodule(str(surgery.rename(f"{path}.")).rstrip("."))
+        weight = (module.base_layer if hasattr(module, "base_layer") else module).weight
+        if weight.shape != update.shape:
+            raise PlanMismatchError(f"{folder / UPDATES_FILE} does not fit {path}: {update.shape} against {weight.shape}")
+        weight.data.copy_(update)
+
+
+def require_equal(masked: Tensor, sliced: Tensor, dtype: torch.dtype) -> None:
+    """Raises PlanMismatchError unless slicing left the logits of the masked model as they were.
+
+    Args:
+        masked: logits of the dense model with closed gates.
+        sliced: logits of the sliced model, before compensation.
+        dtype: of the weights.
+    """
+    difference = float((masked - sliced).abs().max())
+    # In 16 bit the two models add in different orders; the exact comparison is then made at export, in float32.
+    bound = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps * float(masked.abs().max())
+    if not difference <= bound:
+        raise PlanMismatchError(
+            f"slicing changed the model: logits differ by {difference:.2e} from the masked model (bound {bound:.2e}). "
+            "The unit table of this family does not fit this model; the last checkpoint is as it was."
+        )

@@ -1,0 +1,115 @@
+"""The joint part of a run, apart from any trainer: gates, mask and phases from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetune.config.presets import PhaseSteps
+from prunetune.config.schema import PruneConfig
+from prunetune.methods.masks import MASKS, MaskContext, build_mask, unit_params
+from prunetune.model.gates import GateSet, GateStatistics
+from prunetune.model.plan import Plan
+from prunetune.model.planner import Planner
+from prunetune.model.surgery import base_model
+
+
+class JointSearch:
+    """Gates, mask and planner of one run, until the freeze.
+
+    Args:
+        model: the PeftModel or plain model that is trained.
+        prune: the user's settings.
+        planner: what finds plans for this model and target.
+        phases: the run's phases in optimizer steps.
+    """
+
+    def __init__(self, model: nn.Module, prune: PruneConfig, planner: Planner, phases: PhaseSteps):
+        self.planner, self.phases, self._prune = planner, phases, prune
+        self.mask = build_mask(prune.mask.method, prune.mask.options(), MaskContext(planner, phases, prune.seed))
+        squares = MASKS.get(prune.mask.method).record_squares
+        self.gate_set = GateSet(base_model(model), planner.sites, record_squares=squares)
+        self.gate_set.attach()
+
+    def phase(self, step: int) -> str:
+        """``warmup`` or ``search``: what optimizer step ``step`` (0-based) belongs to."""
+        return "warmup" if step < self.phases.warmup_end else "search"
+
+    def begin_step(self, step: int) -> None:
+        """Sets the gates for all micro-batches of optimizer step ``step``."""
+        self.gate_set.set(self.mask.gates(step))
+
+    def end_step(self, step: int, reduce: Callable[[GateStatistics], GateStatistics]) -> dict[str, float]:
+        """Hands what the gates saw to the mask; ``reduce`` makes it the same on all processes."""
+        return self.mask.after_backward(step, reduce(self.gate_set.collect()))
+
+    def use_eval_gates(self, step: int) -> None:
+        """Sets deterministic gates for an evaluation."""
+        self.gate_set.set(self.mask.eval_gates(step))
+
+    def kept_fraction(self) -> float:
+        """Decoder parameters that the gates in force let through, as a fraction of all; soft gates count in part."""
+        arch, costs = self.planner.arch, unit_params(self.planner)
+        values = self.gate_set.values()
+        layer_gates = values.get("layers", torch.ones(arch.layers))
+        kept = 0.0
+        for layer in range(arch.layers):
+            groups = self._mean(values, layer, "kv_groups")
+            heads = self._mean(values, layer, "query_heads")
+            # Queries and outputs leave with either; keys and values with their group alone.
+            attention = arch.query_heads * costs["query_heads"] * groups * heads
+            attention += 2 * arch.kv_groups * arch.head_dim * arch.hidden_size * groups
+            mlp = arch.mlp_channels * costs["mlp_channels"] * self._mean(values, layer, "mlp_channels")
+            kept += float(layer_gates[layer]) * (attention + mlp)
+        return kept / (arch.layers * costs["layers"])
+
+    @staticmethod
+    def _mean(values: Mapping[str, Tensor], layer: int, kind: str) -> float:
+        value = values.get(f"layers.{layer}.{kind}")
+        return 1.0 if value is None else float(value.mean())
+
+    def decide(self, step: int) -> Plan:
+        """The plan at the freeze."""
+        origin = {"method": self._prune.mask.method, "seed": self._prune.seed, "step": step}
+        return self.mask.plan(origin)
+
+    def close(self, plan: Plan) -> None:
+        """Sets every gate to 0 or 1 as the plan says: the masked model that slicing must equal."""
+        self.gate_set.set(hard_gates(self.planner, plan))
+
+
+def hard_gates(planner: Planner, plan: Plan) -> dict[str, Tensor]:
+    """site -> (U,) gates of 0 and 1 that close exactly what the plan removes."""
+    gates = {}
+    for site in planner.sites:
+        gate = torch.zeros(site.size)
+        gate[list(plan.kept_units(planner.arch, site.layer, site.kind))] = 1.0
+        gates[site.name] = gate
+    return gates
+
+
+def reducer(accelerator: Any, scaled_by_world: bool) -> Callable[[GateStatistics], GateStatistics]:
+    """What makes gate statistics those of the whole step on every process.
+
+    Args:
+        accelerator: the trainer's.
+        scaled_by_world: whether each process multiplied its loss by the number of processes, as TRL does when
+            the token count is global, so that averaging gradients gives the gradient of the global loss.
+    """
+    world = accelerator.num_processes
+    scale = 1.0 / accelerator.scaler.get_scale() if getattr(accelerator, "scaler", None) else 1.0
+    factor = world if scaled_by_world else 1
+
+    def reduce(statistics: GateStatistics) -> GateStatistics:
+        if world == 1 and scale == 1.0:
+            return statistics
+        grad = {name: accelerator.reduce(t * scale, "mean") for name, t in statistics.grad.items()}
+        square = {
+            name: accelerator.reduce(t * (scale / factor) ** 2, "sum") for name, t in statistics.square.items()
+        }
+        return GateStatistics(grad, square)
+
+    return reduce

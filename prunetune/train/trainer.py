@@ -1,0 +1,417 @@
+"""JointTrainer: TRL's SFTTrainer with trainable structural masks, a freeze in the middle, and one run around both.
+
+What the phases mean is in joint.py, the freeze in freeze.py, what is saved in checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from prunetune.config.presets import phase_steps
+from prunetune.config.schema import PruneConfig
+from prunetune.core.console import note
+from prunetune.core.errors import DataError, DivergedError, PlanMismatchError
+from prunetune.core.files import read_json
+from prunetune.core.streams import stream
+from prunetune.methods.compensation import build_compensation
+from prunetune.methods.masks import check_mask
+from prunetune.model.architecture import Architecture, describe
+from prunetune.model.budget import Shape, describe_kept, full_shape, kept_fractions, plan_shape
+from prunetune.model.plan import Plan
+from prunetune.model.planner import Planner
+from prunetune.model.statistics import SecondMoments
+from prunetune.model.surgery import Surgery, base_model, slice_model
+from prunetune.train import compat
+from prunetune.train.callbacks import Interruption, JointCallback, MetricsFile, ProgressBar
+from prunetune.train.checkpoint import (
+    STATE_FILE,
+    global_step,
+    load_mask,
+    newest,
+    read_marker,
+    save_mask,
+    write_marker,
+)
+from prunetune.train.freeze import (
+    FREEZE,
+    adopt_freeze,
+    apply_updates,
+    compensated_weights,
+    require_equal,
+    write_freeze,
+)
+from prunetune.train.joint import JointSearch, reducer
+
+
+class JointTrainer(SFTTrainer):
+    """SFTTrainer that also decides which structures stay, and slices the model while training goes on.
+
+    Args:
+        model: as in SFTTrainer; a dense model of a supported family.
+        args: ``trl.SFTConfig``.
+        prune: the joint settings; without them this is plain SFTTrainer.
+        metrics_file: where ``metrics.jsonl`` goes; default: in ``args.output_dir``.
+        dtype: dtype of the export, for budgets in bytes.
+        **kwargs: everything else that SFTTrainer takes, ``peft_config`` above all.
+
+    Raises:
+        ConfigError: settings that cannot be combined with joint pruning, all at once.
+        BudgetError: the target cannot be met by any legal shape.
+        UnsupportedModelError: the architecture has no unit table.
+    """
+
+    _tag_names = ["trl", "sft", "prunetune"]  # noqa: RUF012 - a class attribute of TRL's trainers
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        *,
+        prune: PruneConfig | None = None,
+        metrics_file: Path | None = None,
+        dtype: str = "bfloat16",
+        **kwargs: Any,
+    ):
+        optimizer = (kwargs.get("optimizers") or (None, None))[0]
+        super().__init__(model, args, **kwargs)
+        self.prune = prune
+        self.plan: Plan | None = None
+        self.dense: Architecture = describe(base_model(self.model).config)
+        self._search: JointSearch | None = None
+        self._resumed_from: Path | None = None
+        self._final_leg = prune is None
+        self._optimizer_names: list[list[str]] = []
+        self._not_finite: Tensor | None = None
+        self._interruption = Interruption()
+        self._stopped_early = False
+        if prune is not None:
+            self._refuse(optimizer)
+            self.planner = Planner(self.dense, prune.target, dtype)
+            self.compensation = build_compensation(prune.compensation.method, prune.compensation.options())
+        compat.quiet_progress(self)
+        self._bar = ProgressBar(self.facts)
+        file = metrics_file or Path(self.args.output_dir) / "metrics.jsonl"
+        for callback in (JointCallback(self), MetricsFile(file, self.facts), self._bar):
+            self.add_callback(callback)
+
+    def _refuse(self, optimizer: Any) -> None:
+        assert self.prune is not None
+        problems = compat.refusals(self.args, self.model, optimizer)
+        linears = {module.rpartition(".")[2] for module in self.dense.family.modules.values()}
+        problems += compat.adapter_refusals(self.model, linears)
+        problems += check_mask(self.prune.mask.method, self.prune.mask.options())
+        compat.raise_if_any(problems)
+
+    @property
+    def freeze_dir(self) -> Path:
+        """Where the freeze leaves its folder."""
+        return Path(self.args.output_dir) / FREEZE
+
+    def facts(self) -> dict[str, Any]:
+        """Phase and kept fraction now, for logs and the progress bar."""
+        if self.prune is None:
+            return {"phase": "train"}
+        if self.plan is not None:
+            return {"phase": "recover", "kept_fraction": kept_fractions(self.dense, self.shape)["decoder"]}
+        if self._search is None:
+            return {"phase": "warmup", "kept_fraction": 1.0}
+        phase = self._search.phase(max(0, self.state.global_step - 1))
+        return {"phase": phase, "kept_fraction": self._search.kept_fraction()}
+
+    @property
+    def shape(self) -> Shape:
+        """The model's uniform widths now."""
+        return full_shape(self.dense) if self.plan is None else plan_shape(self.dense, self.plan)
+
+    # ---- the run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains through warm-up, search, freeze and recover.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one of ``output_dir``.
+            **kwargs: as in ``Trainer.train``.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, once everything is saved.
+            DivergedError: the loss was not finite; the last checkpoint is from before.
+        """
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        results = []
+        try:
+            with self._interruption:
+                if checkpoint is not None and (read_marker(checkpoint) or {}).get("frozen"):
+                    self._adopt()
+                if self.prune is not None and self.plan is None:
+                    if checkpoint is None or not self._is_due(checkpoint):
+                        results.append(self._leg(checkpoint, last=False, **kwargs))
+                        checkpoint = None if self._stopped_early else newest(Path(self.args.output_dir), self.freeze_dir)
+                    if not self._stopped_early:
+                        assert checkpoint is not None
+                        self._freeze(checkpoint)
+                        checkpoint = self.freeze_dir / "checkpoint"
+                if not self._stopped_early:
+                    results.append(self._leg(checkpoint, last=True, first=not results, **kwargs))
+        finally:
+            self._bar.close()
+        if self._stopped_early:
+            raise KeyboardInterrupt(
+                f"stopped at step {self.state.global_step} of {self.state.max_steps}; everything is saved in "
+                f"{self.args.output_dir}. Resume with resume_from_checkpoint=True"
+            )
+        return self._joined(results)
+
+    def _find_checkpoint(self, resume: str | bool | None) -> Path | None:
+        if not resume:
+            return None
+        if resume is True:
+            found = newest(Path(self.args.output_dir), self.freeze_dir)
+            if found is None:
+                raise DataError(
+                    f"there is no complete checkpoint in {self.args.output_dir}; start without resume_from_checkpoint"
+                )
+            return found
+        if self.prune is not None and read_marker(Path(resume)) is None:
+            raise DataError(
+                f"{resume} is not a complete checkpoint of a joint run (it was cut short, or plain TRL wrote it); "
+                "resume_from_checkpoint=True takes the newest complete one"
+            )
+        return Path(resume)
+
+    def _is_due(self, checkpoint: Path) -> bool:
+        """Whether the run was stopped between its last search step and its freeze; makes everything ready for it."""
+        state = read_json(checkpoint / STATE_FILE)
+        assert self.prune is not None
+        if state["global_step"] < phase_steps(self.prune.phases, state["max_steps"]).freeze:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.max_steps = state["max_steps"]
+        self._resumed_from = checkpoint
+        self.begin_leg(self.state)
+        return True
+
+    def _leg(self, checkpoint: Path | None, *, last: bool, first: bool = True, **kwargs: Any) -> TrainOutput:
+        self._final_leg, self._resumed_from = last, checkpoint
+        if checkpoint is not None:
+            self._total_train_tokens = (read_marker(checkpoint) or {}).get("train_tokens", 0)
+        with compat.one_run(self.callback_handler, begins=True, ends=last):
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+
+    def _joined(self, results: list[TrainOutput]) -> TrainOutput:
+        """One result for the legs before and after the freeze; logged once, as one run's."""
+        metrics = dict(results[-1].metrics)
+        if len(results) == 2:
+            before, after = results
+            steps = after.global_step
+            shares = (before.global_step / steps, 1 - before.global_step / steps)
+            metrics["train_runtime"] = before.metrics["train_runtime"] + after.metrics["train_runtime"]
+            metrics["train_loss"] = shares[0] * before.training_loss + shares[1] * after.training_loss
+            metrics["train_steps_per_second"] = steps / metrics["train_runtime"]
+            samples = [r.metrics["train_samples_per_second"] * r.metrics["train_runtime"] for r in results]
+            metrics["train_samples_per_second"] = sum(samples) / metrics["train_runtime"]
+        super().log(dict(metrics))
+        return TrainOutput(results[-1].global_step, metrics["train_loss"], metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in SFTTrainer; a leg's own summary is held back, the whole run's is logged at the end."""
+        if "train_runtime" in logs and self.prune is not None:
+            return
+        kept = self.facts().get("kept_fraction")
+        if kept is not None:
+            logs["kept_fraction"] = kept
+        super().log(logs, start_time)
+
+    # ---- steps, called by JointCallback
+
+    def begin_leg(self, state: Any) -> None:
+        """Makes the gates and the mask when a leg before the freeze begins."""
+        if self.prune is None or self.plan is not None:
+            return
+        phases = phase_steps(self.prune.phases, state.max_steps)
+        if self._search is not None:
+            self._search.gate_set.detach()
+        self._search = JointSearch(self.model, self.prune, self.planner, phases)
+        if self._resumed_from is not None:
+            self._search.mask.load_state_dict(load_mask(self._resumed_from))
+        self._search.begin_step(state.global_step)
+
+    def begin_step(self, step: int) -> None:
+        """Sets the gates of an optimizer step."""
+        if self._search is not None:
+            self._search.begin_step(step)
+
+    def before_optimizer_step(self, step: int) -> None:
+        """Hands the gates' gradients to the mask; refuses to step on a loss that is not finite."""
+        self._check_finite(step)
+        if self._search is not None:
+            scaled = bool(self.args.average_tokens_across_devices)
+            metrics = self._search.end_step(step, reducer(self.accelerator, scaled))
+            for name, value in metrics.items():
+                self._metrics["train"][name].append(value)
+
+    def stop_after(self, step: int) -> bool:
+        """Whether the leg ends after ``step`` optimizer steps: the freeze is due, or a stop was asked for."""
+        self._stopped_early = self._any_process(self._interruption.requested) and step < self.state.max_steps
+        due = self._search is not None and step >= self._search.phases.freeze
+        return due or self._stopped_early
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """As in SFTTrainer; remembers whether a training loss was not finite, without waiting for the device."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            bad = ~torch.isfinite((result[0] if return_outputs else result).detach())
+            self._not_finite = bad if self._not_finite is None else self._not_finite | bad
+        return result
+
+    def _check_finite(self, step: int) -> None:
+        bad, self._not_finite = self._not_finite, None
+        if not self._any_process(bad is not None and bool(bad)):
+            return
+        last = newest(Path(self.args.output_dir), self.freeze_dir)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        raise DivergedError(
+            f"the loss became NaN or infinite in step {step + 1}; nothing was updated with it, and {kept}. Set a lower "
+            "learning rate, a longer warm-up, or max_grad_norm, and check the rows of this step."
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in SFTTrainer, with deterministic gates before the freeze."""
+        if self._search is not None:
+            self._search.use_eval_gates(self.state.global_step)
+        return super().evaluate(*args, **kwargs)
+
+    # ---- the freeze
+
+    def _adopt(self) -> None:
+        if self.plan is not None:
+            return
+        if not self.freeze_dir.is_dir():
+            raise PlanMismatchError(
+                f"the checkpoint is from after the freeze, but {self.freeze_dir} is missing; resume from a checkpoint "
+                "from before it, or restore the folder"
+            )
+        self.plan = adopt_freeze(self.model, self.freeze_dir)
+
+    def _freeze(self, checkpoint: Path) -> None:
+        """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""
+        assert self._search is not None
+        search, step = self._search, global_step(checkpoint)
+        plan = search.decide(step)
+        self._require_same_plan(plan)
+        surgery = Surgery(self.dense, plan)
+        search.close(plan)
+        self.model.eval()
+        updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
+        names, scores = self._names_of_optimizer(), search.mask.scores()
+        masked = self._probe()
+        search.gate_set.detach()
+        self._search = None
+        slice_model(self.model, plan)
+        require_equal(masked, self._probe(), next(base_model(self.model).parameters()).dtype)
+        if self.accelerator.is_main_process:
+            write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates, names)
+        self.accelerator.wait_for_everyone()
+        apply_updates(self.model, surgery, self.freeze_dir)
+        self.plan = plan
+        note(f"step {step}: frozen and sliced to {self.shape}; kept {describe_kept(self.dense, self.shape)}")
+        # Whatever holds the dense parameters goes; the next leg makes its own from the sliced checkpoint.
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+
+    def _require_same_plan(self, plan: Plan) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        number = int(plan.digest()[:12], 16)
+        mine = torch.tensor([number], dtype=torch.int64, device=self.args.device)
+        if len(set(self.accelerator.gather(mine).tolist())) != 1:
+            raise PlanMismatchError(
+                "the processes decided on different plans, so their gate scores differ; check that all of them run the "
+                "same versions on the same data"
+            )
+
+    def _names_of_optimizer(self) -> list[list[str]]:
+        if self.optimizer is None:
+            self.create_optimizer()
+        return self._optimizer_names
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; remembers which parameter stands where, because optimizer state is positional."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self._optimizer_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        return optimizer
+
+    @torch.no_grad()
+    def _probe(self) -> Tensor:
+        """Logits of a fixed batch in the weights' own dtype, dropout off."""
+        vocabulary = self.dense.vocab_size
+        ids = torch.from_numpy(stream(0, "freeze.probe").integers(0, vocabulary, (2, 16))).to(self.args.device)
+        self.model.eval()
+        return base_model(self.model)(input_ids=ids, use_cache=False).logits.float()
+
+    # ---- calibration
+
+    def _collect(self, moments: SecondMoments) -> None:
+        decoder = base_model(self.model).base_model
+
+        def forward(batch: dict[str, Tensor]) -> Any:
+            inputs = {k: v for k, v in batch.items() if k not in ("labels", "seq_lengths")}
+            with self.accelerator.autocast():
+                return decoder(**inputs, use_cache=False)
+
+        moments.run(forward, list(self._calibration(self.compensation.tokens)))
+        for path, total in moments.sums.items():
+            moments.sums[path] = self.accelerator.reduce(total, "sum")
+
+    def _calibration(self, tokens: int) -> Iterator[dict[str, Tensor]]:
+        """Training rows drawn by lot, the same for any number of processes, until they make up ``tokens``."""
+        rows = self.train_dataset
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        seed = self.prune.seed if self.prune else 0
+        order = stream(seed, "calibration").permutation(len(rows))
+        size, done = self.args.per_device_train_batch_size, 0
+        for start in range(0, len(order), size):
+            chosen = [rows[int(i)] for i in order[start : start + size]]
+            if done >= tokens:
+                return
+            done += sum(len(row["input_ids"]) for row in chosen)
+            if (start // size) % world == rank:
+                yield self._prepare_inputs(self.data_collator(chosen))
+
+    # ---- saving
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As in Trainer, plus the mask's state and a marker; older checkpoints go only once this one is whole."""
+        with self._no_rotation() as limit:
+            super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        if self._search is not None:
+            save_mask(folder, self._search.mask.state_dict())
+        frozen = {"frozen": self.plan is not None, "plan": self.plan.digest() if self.plan else None}
+        write_marker(folder, {**frozen, "train_tokens": self._total_train_tokens})
+        compat.rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
+
+    @contextlib.contextmanager
+    def _no_rotation(self) -> Iterator[int | None]:
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None
+        try:
+            yield limit
+        finally:
+            self.args.save_total_limit = limit
