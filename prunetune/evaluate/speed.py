@@ -65,7 +65,8 @@ def compare_speed(
 
     Args:
         models: label -> causal model, all on one device; the first is what ratios refer to.
-        prompt_tokens: length of the prompt. new_tokens: decode steps timed. repeats: turns, after one warm-up.
+        prompt_tokens: length of the prompt. new_tokens: decode steps timed.
+        repeats: turns, after one warm-up.
 
     Returns:
         label -> Speed; ratios are medians of per-turn ratios, so drift of the machine cancels.
