@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from prunetune.core.errors import Problem, ConfigError, suggest
+from prunetune.core.errors import ConfigError, Problem, suggest
 
 T = TypeVar("T")
 

@@ -48,7 +48,9 @@ class Architecture:
     def require(self, fingerprint: dict[str, Any]) -> None:
         """Raises PlanMismatchError unless ``fingerprint`` is this model's."""
         mine = self.fingerprint()
-        wrong = [f"{key} {fingerprint.get(key)} there, {mine[key]} here" for key in mine if fingerprint.get(key) != mine[key]]
+        wrong = [
+            f"{key} {fingerprint.get(key)} there, {mine[key]} here" for key in mine if fingerprint.get(key) != mine[key]
+        ]
         if wrong:
             raise PlanMismatchError(
                 "the plan was made for another model: "

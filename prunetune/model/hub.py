@@ -40,9 +40,7 @@ def ask(repo: str, revision: str | None) -> HubState:
     if constants.HF_HUB_OFFLINE:
         return HubState()
     try:
-        found = get_hf_file_metadata(
-            hf_hub_url(repo, "config.json", revision=revision), timeout=PROBE_SECONDS
-        )
+        found = get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision), timeout=PROBE_SECONDS)
         return HubState(commit=found.commit_hash)
     except HFValidationError:
         return HubState(refusal=f"{repo!r} is no name that a hub repository can have")

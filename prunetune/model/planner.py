@@ -101,7 +101,9 @@ class Planner:
         if not candidates:
             raise BudgetError(self._impossible())
         # Ties (all scores equal, say) go to the larger model, then to the deeper one.
-        best = min(candidates, key=lambda shape: (table.lost(shape), -self.budget.cost(self.arch, shape), -shape.layers))
+        best = min(
+            candidates, key=lambda shape: (table.lost(shape), -self.budget.cost(self.arch, shape), -shape.layers)
+        )
         return self._cut(table, best, origin or {})
 
     def _cut(self, table: _Scores, shape: Shape, origin: Mapping[str, Any]) -> Plan:

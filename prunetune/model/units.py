@@ -84,7 +84,9 @@ def _inner_site(arch: Architecture, layer: int, kind: str) -> Site:
     family = arch.family
     [exit_] = [part for part in family.units[kind] if isinstance(part, Columns)]
     consumer = f"{family.layers}.{layer}.{family.modules[exit_.role]}"
-    return Site(site_name(layer, kind), kind, layer, kind_size(arch, kind), (consumer,), span_features(arch, exit_.span))
+    return Site(
+        site_name(layer, kind), kind, layer, kind_size(arch, kind), (consumer,), span_features(arch, exit_.span)
+    )
 
 
 def _layers_site(arch: Architecture) -> Site:

@@ -11,7 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 from prunetune.core.console import console, is_main_process
@@ -103,12 +110,16 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self._loss = f"loss {logs['loss']:.3f} "
+            self._update(state)
             if self._bar is not None and not console().is_terminal:
                 # A log file gets a line now and then instead of a bar that redraws itself.
                 if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
                     console().print(f"step {state.global_step}/{state.max_steps}  {self._shown()}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._update(state)
+
+    def _update(self, state: Any) -> None:
         if self._bar is not None:
             phase = self._facts().get("phase", "train")
             self._bar.update(self._task, completed=state.global_step, description=phase, shown=self._shown())

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prunetune.core.errors import DataError
 from prunetune.core.files import read_json, write_json
 from prunetune.model.surgery import Surgery
 
@@ -54,9 +55,39 @@ def load_mask(folder: Path) -> dict[str, Tensor]:
 def newest(output_dir: Path, freeze_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, the sliced one that the freeze left included."""
     folders = [*output_dir.glob("checkpoint-*"), freeze_dir / "checkpoint"]
-    found = [(global_step(folder), bool((read_marker(folder) or {}).get("frozen")), folder) for folder in folders
-             if read_marker(folder) is not None]
+    found = [
+        (global_step(folder), bool((read_marker(folder) or {}).get("frozen")), folder)
+        for folder in folders
+        if read_marker(folder) is not None
+    ]
     return max(found)[2] if found else None
+
+
+def find_checkpoint(resume: str | bool | None, output_dir: Path, freeze_dir: Path, *, plain: bool) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means; None to start afresh.
+
+    Args:
+        resume: a folder, True for the newest complete one, or nothing.
+        output_dir: the trainer's.
+        freeze_dir: where a freeze leaves its folder.
+        plain: whether checkpoints of plain TRL are good enough.
+
+    Raises:
+        DataError: there is none, or the one given is not complete.
+    """
+    if not resume:
+        return None
+    if resume is True:
+        found = newest(output_dir, freeze_dir)
+        if found is None:
+            raise DataError(f"there is no complete checkpoint in {output_dir}; start without resume_from_checkpoint")
+        return found
+    if not plain and read_marker(Path(resume)) is None:
+        raise DataError(
+            f"{resume} is not a complete checkpoint of a joint run (it was cut short, or plain TRL wrote it); "
+            "resume_from_checkpoint=True takes the newest complete one"
+        )
+    return Path(resume)
 
 
 def global_step(folder: Path) -> int:

@@ -105,25 +105,17 @@ def quiet_progress(trainer: Any) -> None:
 
 
 @contextlib.contextmanager
-def one_run(handler: CallbackHandler, *, begins: bool, ends: bool) -> Iterator[None]:
+def one_run(handler: CallbackHandler, *, ends: bool) -> Iterator[None]:
     """Lets two calls of ``Trainer.train`` look like one to trackers and other callbacks.
 
     Args:
         handler: the trainer's callback handler.
-        begins: whether ``on_train_begin`` is announced in this call.
-        ends: whether ``on_train_end`` is.
+        ends: whether ``on_train_end`` is announced in this call; it is when trackers close. ``on_train_begin`` may
+            come twice: trackers take the second for a resumption.
     """
-
-    def silent(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_training_stop = False
-        return control
-
-    if not begins:
-        handler.on_train_begin = silent  # type: ignore[method-assign]
     if not ends:
-        handler.on_train_end = silent  # type: ignore[method-assign]
+        handler.on_train_end = lambda args, state, control, **kwargs: control  # type: ignore[method-assign]
     try:
         yield
     finally:
-        handler.__dict__.pop("on_train_begin", None)
         handler.__dict__.pop("on_train_end", None)

@@ -8,7 +8,7 @@ to resume from). It appears in one step, so a run is either before its freeze or
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +121,25 @@ def adopt_freeze(model: nn.Module, folder: Path) -> Plan:
         PlanMismatchError: the folder belongs to another model.
     """
     plan = Plan.load(folder / PLAN_FILE)
-    apply_updates(model, Surgery(slice_model(model, plan), plan), folder)
+    apply_updates(model, Surgery(slice_model(model, plan), plan), load_updates(folder))
     return plan
 
 
-def apply_updates(model: nn.Module, surgery: Surgery, folder: Path) -> None:
-    """Puts the compensated base weights of a freeze folder into a sliced model."""
+def load_updates(folder: Path) -> dict[str, Tensor]:
+    """The compensated base weights of a freeze folder, by module path in the dense model."""
+    return load_file(folder / UPDATES_FILE)
+
+
+def apply_updates(model: nn.Module, surgery: Surgery, updates: Mapping[str, Tensor]) -> None:
+    """Puts compensated base weights into a sliced model."""
     base = base_model(model)
-    for path, update in load_file(folder / UPDATES_FILE).items():
+    for path, update in updates.items():
         module = base.get_submodule(str(surgery.rename(f"{path}.")).rstrip("."))
         weight = (module.base_layer if hasattr(module, "base_layer") else module).weight
         if weight.shape != update.shape:
-            raise PlanMismatchError(f"{folder / UPDATES_FILE} does not fit {path}: {update.shape} against {weight.shape}")
+            raise PlanMismatchError(
+                f"the weights kept from the freeze do not fit {path}: {tuple(update.shape)} against {tuple(weight.shape)}"
+            )
         weight.data.copy_(update)
 
 

@@ -107,9 +107,7 @@ def reducer(accelerator: Any, scaled_by_world: bool) -> Callable[[GateStatistics
         if world == 1 and scale == 1.0:
             return statistics
         grad = {name: accelerator.reduce(t * scale, "mean") for name, t in statistics.grad.items()}
-        square = {
-            name: accelerator.reduce(t * (scale / factor) ** 2, "sum") for name, t in statistics.square.items()
-        }
+        square = {name: accelerator.reduce(t * (scale / factor) ** 2, "sum") for name, t in statistics.square.items()}
         return GateStatistics(grad, square)
 
     return reduce

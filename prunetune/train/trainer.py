@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from prunetune.config.presets import phase_steps
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import note
-from prunetune.core.errors import DataError, DivergedError, PlanMismatchError
+from prunetune.core.errors import DivergedError, PlanMismatchError
 from prunetune.core.files import read_json
 from prunetune.core.streams import stream
 from prunetune.methods.compensation import build_compensation
@@ -30,9 +30,11 @@ from prunetune.model.planner import Planner
 from prunetune.model.statistics import SecondMoments
 from prunetune.model.surgery import Surgery, base_model, slice_model
 from prunetune.train import compat
+from prunetune.train.calibration import calibration_batches, collect_moments
 from prunetune.train.callbacks import Interruption, JointCallback, MetricsFile, ProgressBar
 from prunetune.train.checkpoint import (
     STATE_FILE,
+    find_checkpoint,
     global_step,
     load_mask,
     newest,
@@ -45,10 +47,12 @@ from prunetune.train.freeze import (
     adopt_freeze,
     apply_updates,
     compensated_weights,
+    load_updates,
     require_equal,
     write_freeze,
 )
 from prunetune.train.joint import JointSearch, reducer
+from prunetune.train.legs import joined
 
 
 class JointTrainer(SFTTrainer):
@@ -60,6 +64,7 @@ class JointTrainer(SFTTrainer):
         prune: the joint settings; without them this is plain SFTTrainer.
         metrics_file: where ``metrics.jsonl`` goes; default: in ``args.output_dir``.
         dtype: dtype of the export, for budgets in bytes.
+        evaluate_at_freeze: validate right before and right after the cut.
         **kwargs: everything else that SFTTrainer takes, ``peft_config`` above all.
 
     Raises:
@@ -78,6 +83,7 @@ class JointTrainer(SFTTrainer):
         prune: PruneConfig | None = None,
         metrics_file: Path | None = None,
         dtype: str = "bfloat16",
+        evaluate_at_freeze: bool = False,
         **kwargs: Any,
     ):
         optimizer = (kwargs.get("optimizers") or (None, None))[0]
@@ -87,9 +93,9 @@ class JointTrainer(SFTTrainer):
         self.dense: Architecture = describe(base_model(self.model).config)
         self._search: JointSearch | None = None
         self._resumed_from: Path | None = None
-        self._final_leg = prune is None
         self._optimizer_names: list[list[str]] = []
         self._not_finite: Tensor | None = None
+        self._evaluate_at_freeze = evaluate_at_freeze
         self._interruption = Interruption()
         self._stopped_early = False
         if prune is not None:
@@ -144,7 +150,8 @@ class JointTrainer(SFTTrainer):
             KeyboardInterrupt: after Ctrl-C or SIGTERM, once everything is saved.
             DivergedError: the loss was not finite; the last checkpoint is from before.
         """
-        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        output_dir = Path(self.args.output_dir)
+        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, self.freeze_dir, plain=self.prune is None)
         results = []
         try:
             with self._interruption:
@@ -153,13 +160,13 @@ class JointTrainer(SFTTrainer):
                 if self.prune is not None and self.plan is None:
                     if checkpoint is None or not self._is_due(checkpoint):
                         results.append(self._leg(checkpoint, last=False, **kwargs))
-                        checkpoint = None if self._stopped_early else newest(Path(self.args.output_dir), self.freeze_dir)
+                        checkpoint = None if self._stopped_early else newest(output_dir, self.freeze_dir)
                     if not self._stopped_early:
                         assert checkpoint is not None
                         self._freeze(checkpoint)
                         checkpoint = self.freeze_dir / "checkpoint"
                 if not self._stopped_early:
-                    results.append(self._leg(checkpoint, last=True, first=not results, **kwargs))
+                    results.append(self._leg(checkpoint, last=True, **kwargs))
         finally:
             self._bar.close()
         if self._stopped_early:
@@ -167,24 +174,9 @@ class JointTrainer(SFTTrainer):
                 f"stopped at step {self.state.global_step} of {self.state.max_steps}; everything is saved in "
                 f"{self.args.output_dir}. Resume with resume_from_checkpoint=True"
             )
-        return self._joined(results)
-
-    def _find_checkpoint(self, resume: str | bool | None) -> Path | None:
-        if not resume:
-            return None
-        if resume is True:
-            found = newest(Path(self.args.output_dir), self.freeze_dir)
-            if found is None:
-                raise DataError(
-                    f"there is no complete checkpoint in {self.args.output_dir}; start without resume_from_checkpoint"
-                )
-            return found
-        if self.prune is not None and read_marker(Path(resume)) is None:
-            raise DataError(
-                f"{resume} is not a complete checkpoint of a joint run (it was cut short, or plain TRL wrote it); "
-                "resume_from_checkpoint=True takes the newest complete one"
-            )
-        return Path(resume)
+        result = joined(results)
+        super().log(dict(result.metrics))
+        return result
 
     def _is_due(self, checkpoint: Path) -> bool:
         """Whether the run was stopped between its last search step and its freeze; makes everything ready for it."""
@@ -198,27 +190,12 @@ class JointTrainer(SFTTrainer):
         self.begin_leg(self.state)
         return True
 
-    def _leg(self, checkpoint: Path | None, *, last: bool, first: bool = True, **kwargs: Any) -> TrainOutput:
-        self._final_leg, self._resumed_from = last, checkpoint
+    def _leg(self, checkpoint: Path | None, *, last: bool, **kwargs: Any) -> TrainOutput:
+        self._resumed_from = checkpoint
         if checkpoint is not None:
             self._total_train_tokens = (read_marker(checkpoint) or {}).get("train_tokens", 0)
-        with compat.one_run(self.callback_handler, begins=True, ends=last):
+        with compat.one_run(self.callback_handler, ends=last):
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
-
-    def _joined(self, results: list[TrainOutput]) -> TrainOutput:
-        """One result for the legs before and after the freeze; logged once, as one run's."""
-        metrics = dict(results[-1].metrics)
-        if len(results) == 2:
-            before, after = results
-            steps = after.global_step
-            shares = (before.global_step / steps, 1 - before.global_step / steps)
-            metrics["train_runtime"] = before.metrics["train_runtime"] + after.metrics["train_runtime"]
-            metrics["train_loss"] = shares[0] * before.training_loss + shares[1] * after.training_loss
-            metrics["train_steps_per_second"] = steps / metrics["train_runtime"]
-            samples = [r.metrics["train_samples_per_second"] * r.metrics["train_runtime"] for r in results]
-            metrics["train_samples_per_second"] = sum(samples) / metrics["train_runtime"]
-        super().log(dict(metrics))
-        return TrainOutput(results[-1].global_step, metrics["train_loss"], metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in SFTTrainer; a leg's own summary is held back, the whole run's is logged at the end."""
@@ -268,7 +245,9 @@ class JointTrainer(SFTTrainer):
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """As in SFTTrainer; remembers whether a training loss was not finite, without waiting for the device."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:
@@ -308,28 +287,51 @@ class JointTrainer(SFTTrainer):
     def _freeze(self, checkpoint: Path) -> None:
         """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""
         assert self._search is not None
-        search, step = self._search, global_step(checkpoint)
-        plan = search.decide(step)
+        step, scores = global_step(checkpoint), self._search.mask.scores()
+        plan = self._search.decide(step)
         self._require_same_plan(plan)
-        surgery = Surgery(self.dense, plan)
-        search.close(plan)
-        self.model.eval()
-        updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
-        names, scores = self._names_of_optimizer(), search.mask.scores()
-        masked = self._probe()
-        search.gate_set.detach()
-        self._search = None
-        slice_model(self.model, plan)
-        require_equal(masked, self._probe(), next(base_model(self.model).parameters()).dtype)
+        names = self._names_of_optimizer()
+        self._validate("eval_before_cut")
+        surgery, updates = self.cut(plan)
         if self.accelerator.is_main_process:
             write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates, names)
         self.accelerator.wait_for_everyone()
-        apply_updates(self.model, surgery, self.freeze_dir)
-        self.plan = plan
+        apply_updates(self.model, surgery, load_updates(self.freeze_dir))
+        self._validate("eval_after_cut")
         note(f"step {step}: frozen and sliced to {self.shape}; kept {describe_kept(self.dense, self.shape)}")
         # Whatever holds the dense parameters goes; the next leg makes its own from the sliced checkpoint.
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
+
+    def cut(self, plan: Plan) -> tuple[Surgery, dict[str, Tensor]]:
+        """Slices the live model as the plan says, checks that nothing changed, and ends the search.
+
+        Returns:
+            The surgery, and the compensated base weights that ``apply_updates`` would put in.
+        """
+        assert self._search is not None
+        self._search.close(plan)
+        self.model.eval()
+        surgery = Surgery(self.dense, plan)
+        updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
+        masked = self._probe()
+        self._search.gate_set.detach()
+        self._search = None
+        slice_model(self.model, plan)
+        require_equal(masked, self._probe(), next(base_model(self.model).parameters()).dtype)
+        self.plan = plan
+        return surgery, updates
+
+    def _collect(self, moments: SecondMoments) -> None:
+        seed = self.prune.seed if self.prune else 0
+        batches = calibration_batches(self, self.compensation.tokens, seed)
+        collect_moments(self, moments, batches)
+
+    def _validate(self, prefix: str) -> None:
+        if self._evaluate_at_freeze and self.eval_dataset is not None:
+            if self._search is not None:
+                self._search.use_eval_gates(self.state.global_step)
+            super().evaluate(metric_key_prefix=prefix)
 
     def _require_same_plan(self, plan: Plan) -> None:
         if self.accelerator.num_processes == 1:
@@ -361,35 +363,6 @@ class JointTrainer(SFTTrainer):
         ids = torch.from_numpy(stream(0, "freeze.probe").integers(0, vocabulary, (2, 16))).to(self.args.device)
         self.model.eval()
         return base_model(self.model)(input_ids=ids, use_cache=False).logits.float()
-
-    # ---- calibration
-
-    def _collect(self, moments: SecondMoments) -> None:
-        decoder = base_model(self.model).base_model
-
-        def forward(batch: dict[str, Tensor]) -> Any:
-            inputs = {k: v for k, v in batch.items() if k not in ("labels", "seq_lengths")}
-            with self.accelerator.autocast():
-                return decoder(**inputs, use_cache=False)
-
-        moments.run(forward, list(self._calibration(self.compensation.tokens)))
-        for path, total in moments.sums.items():
-            moments.sums[path] = self.accelerator.reduce(total, "sum")
-
-    def _calibration(self, tokens: int) -> Iterator[dict[str, Tensor]]:
-        """Training rows drawn by lot, the same for any number of processes, until they make up ``tokens``."""
-        rows = self.train_dataset
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        seed = self.prune.seed if self.prune else 0
-        order = stream(seed, "calibration").permutation(len(rows))
-        size, done = self.args.per_device_train_batch_size, 0
-        for start in range(0, len(order), size):
-            chosen = [rows[int(i)] for i in order[start : start + size]]
-            if done >= tokens:
-                return
-            done += sum(len(row["input_ids"]) for row in chosen)
-            if (start // size) % world == rank:
-                yield self._prepare_inputs(self.data_collator(chosen))
 
     # ---- saving
 

@@ -64,7 +64,7 @@ class ScheduledMask(Mask):
         self._move()
         return {"units_retargeted": changed}
 
-    def observe(self, step: int, statistics: GateStatistics) -> None:  # noqa: B027 - a hook, not a duty
+    def observe(self, step: int, statistics: GateStatistics) -> None:
         """Takes the step's statistics into the scores; masks that need none leave this out."""
 
     def _aim(self, way: float) -> float:

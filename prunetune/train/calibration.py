@@ -1,0 +1,46 @@
+"""Calibration: training rows drawn by lot, run through the decoder while second moments listen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from prunetune.core.streams import stream
+from prunetune.model.statistics import SecondMoments
+from prunetune.model.surgery import base_model
+
+
+def calibration_batches(trainer: Any, tokens: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """This process's share of the batches; all together are the same rows for any number of processes.
+
+    Args:
+        trainer: holds the prepared rows, the collator and the process's rank.
+        tokens: stop once the rows of all processes make up so many.
+        seed: of the run.
+    """
+    rows, accelerator = trainer.train_dataset, trainer.accelerator
+    order = stream(seed, "calibration").permutation(len(rows))
+    size, done = trainer.args.per_device_train_batch_size, 0
+    for start in range(0, len(order), size):
+        if done >= tokens:
+            return
+        chosen = [rows[int(i)] for i in order[start : start + size]]
+        done += sum(len(row["input_ids"]) for row in chosen)
+        if (start // size) % accelerator.num_processes == accelerator.process_index:
+            yield trainer._prepare_inputs(trainer.data_collator(chosen))
+
+
+def collect_moments(trainer: Any, moments: SecondMoments, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Runs the batches through the decoder (not the LM head) and adds the processes' sums together."""
+    decoder, accelerator = base_model(trainer.model).base_model, trainer.accelerator
+
+    def forward(batch: dict[str, Tensor]) -> Any:
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "seq_lengths")}
+        with accelerator.autocast():
+            return decoder(**inputs, use_cache=False)
+
+    moments.run(forward, list(batches))
+    for path, total in moments.sums.items():
+        moments.sums[path] = accelerator.reduce(total, "sum")
