@@ -128,7 +128,7 @@ def _sentence(path: KeyPath, details: Mapping[str, Any], source: Source) -> str:
     if kind == "extra_forbidden":
         return unknown_key(path)
     if kind == "value_error":
-        return str(context["error"]) + _help(path)
+        return str(context["error"])
     if kind in _BOUNDS:
         limit, fault, relation = _BOUNDS[kind]
         bound = f"{context[limit]:.0%}" if "%" in value else f"{context[limit]:g}"

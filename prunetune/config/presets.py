@@ -93,48 +93,40 @@ def export_folder(config: RunConfig) -> Path:
     return config.export.folder or config.folder / "compact"
 
 
-def derive(config: RunConfig, steps: int) -> list[Derived]:
-    """All derived values of a run of ``steps`` optimizer steps, for printing."""
-    train, parts = config.train, phase_steps(config.phases, steps)
+def derive(config: RunConfig, steps: int | None) -> list[Derived]:
+    """All derived values of a run of ``steps`` optimizer steps (None: not known yet), for printing."""
+    train = config.train
     tokens = train.batch_size * train.accumulate * train.max_length
-    derived = [
-        Derived(
-            "warm-up",
-            f"{parts.warmup} steps",
-            f"phases.warmup {config.phases.warmup:.0%}: adapters settle before units are compared",
-        ),
-        Derived(
-            "search",
-            f"{parts.search} steps",
-            f"phases.search {config.phases.search:.0%}: gates close toward the budget, frozen at step {parts.freeze}",
-        ),
-        Derived(
-            "recover",
-            f"{parts.recover} steps",
-            "what is left: the sliced model learns on, at the cost of a small model",
-        ),
-        Derived(
-            "learning-rate rise",
-            f"{learning_rate_warmup(train, steps)} steps",
-            f"train.warmup_steps {train.warmup_steps:g}, then {train.scheduler}; one schedule throughout",
-        ),
-        Derived(
-            "tokens per step",
-            f"up to {tokens:,}",
-            f"batch {train.batch_size} x accumulate {train.accumulate} x max_length {train.max_length}, per process",
-        ),
-    ]
+    per_step = f"batch {train.batch_size} x accumulate {train.accumulate} x max_length {train.max_length}, a process"
+    derived = [*_phases(config, steps), Derived("tokens per step", f"up to {tokens:,}", per_step)]
     if train.save_every == 0:
-        reason = f"a tenth of the run; the last {train.keep_checkpoints} are kept, and the one at the freeze"
-        derived.append(Derived("checkpoint", f"every {save_every(train, steps)} steps", reason))
+        value = f"every {save_every(train, steps)} steps" if steps else "every tenth of the run"
+        derived.append(Derived("checkpoint", value, f"train.save_every 0; the last {train.keep_checkpoints} are kept"))
     if train.eval_every == 0:
-        derived.append(
-            Derived(
-                "validation",
-                f"at steps {parts.freeze} and {steps}",
-                "before the cut and at the end; eval_every is 0",
-            )
-        )
+        derived.append(Derived("validation", "at the freeze and the end", "train.eval_every 0"))
     if config.export.folder is None:
         derived.append(Derived("export", str(export_folder(config)), "the run folder's compact/"))
     return derived
+
+
+def _phases(config: RunConfig, steps: int | None) -> list[Derived]:
+    train, phases = config.train, config.phases
+    shares = (phases.warmup, phases.search, 1 - phases.warmup - phases.search)
+    warmup, search, recover = (f"{share:.0%} of all steps" for share in shares)
+    rise = "" if train.warmup_steps < 1 else f"{train.warmup_steps:g} steps"
+    frozen = "then the plan is frozen"
+    if steps is not None:
+        parts = phase_steps(phases, steps)
+        warmup, search, recover = (f"{count} steps" for count in (parts.warmup, parts.search, parts.recover))
+        rise = f"{learning_rate_warmup(train, steps)} steps"
+        frozen = f"frozen at step {parts.freeze}"
+    return [
+        Derived("warm-up", warmup, f"phases.warmup {phases.warmup:.0%}: adapters settle before units are compared"),
+        Derived("search", search, f"phases.search {phases.search:.0%}: gates close toward the budget, {frozen}"),
+        Derived("recover", recover, "what is left: the sliced model learns on, at a small model's cost"),
+        Derived(
+            "learning-rate rise",
+            rise or f"{train.warmup_steps:.0%} of all steps",
+            f"train.warmup_steps {train.warmup_steps:g}, then {train.scheduler}; one schedule throughout",
+        ),
+    ]

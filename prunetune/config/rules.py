@@ -56,8 +56,8 @@ def _data(config: RunConfig) -> Iterator[Finding]:
     if data.validation is None and not 0 < data.validation_fraction < 1:
         yield (
             "data.validation_fraction",
-            f"{data.validation_fraction:.0%} leaves nothing to {'train' if data.validation_fraction else 'validate'} on; "
-            "set a share such as 5%, or give held-out rows in data.validation",
+            f"{data.validation_fraction:.0%} leaves nothing to {'train' if data.validation_fraction else 'validate'} "
+            "on; set a share such as 5%, or give held-out rows in data.validation",
         )
     if data.validation is not None and data.validation == data.train:
         yield (
@@ -106,7 +106,7 @@ def _loss(config: RunConfig) -> Iterator[Finding]:
     if train.assistant_only and layout not in ("auto", "messages"):
         yield (
             "train.assistant_only",
-            f"needs rows with messages, but data.format is {layout}; change that, or use train.completion_only",
+            f"needs rows with messages, but data.format is {layout}; change it, or use completion_only",
         )
     if train.assistant_only and config.data.train == "pydocs":
         yield (
@@ -140,8 +140,8 @@ def _steps(config: RunConfig) -> Iterator[Finding]:
     if train.max_steps > 0 and train.warmup_steps >= train.max_steps:
         yield (
             "train.warmup_steps",
-            f"{train.warmup_steps:g} is not below train.max_steps {train.max_steps}, so the learning rate would "
-            "never reach its value; set a share such as 0.05",
+            f"{train.warmup_steps:g} is not below train.max_steps {train.max_steps}: the learning rate would never "
+            "reach its value; set a share such as 0.05",
         )
 
 
@@ -180,12 +180,12 @@ def _folders(config: RunConfig) -> Iterator[Finding]:
     if out == run or out in run.parents:
         yield (
             "export.folder",
-            f"{config.export.folder} is the run folder or around it, and would be replaced whole; name another",
+            f"{config.export.folder} is the run folder or around it, and would be replaced; name another",
         )
     elif out == run / "train" or run / "train" in out.parents:
         yield (
             "export.folder",
-            f"{config.export.folder} lies among the checkpoints in {config.folder / 'train'}, which come and go; "
+            f"{config.export.folder} lies among the checkpoints of {config.folder / 'train'}; "
             f"use {config.folder / 'compact'}",
         )
     if base.is_dir():
@@ -239,8 +239,8 @@ def _step_cautions(config: RunConfig, steps: int) -> Iterator[str]:
     if parts.search < 10:
         yield f"search has {parts.search} of {steps} steps; scores of fewer than about 10 steps are noisy"
     if train.save_every > steps:
-        yield f"train.save_every {train.save_every} is beyond the last step {steps}: only freeze and end are saved"
+        yield f"train.save_every {train.save_every} is beyond the last step {steps}; freeze and end are saved"
     if train.eval_every > steps:
         yield f"train.eval_every {train.eval_every} is beyond the last step {steps}: no validation on the way"
     if learning_rate_warmup(train, steps) > parts.freeze:
-        yield f"the learning rate still rises at the freeze, step {parts.freeze}; set train.warmup_steps lower"
+        yield f"the learning rate still rises at the freeze, step {parts.freeze}; lower train.warmup_steps"

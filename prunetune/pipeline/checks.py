@@ -1,0 +1,66 @@
+"""Checks of a configuration that need the method plug-ins; they go into ``load_config(..., checks=...)``.
+
+Names are read from the plug-ins' source, so that `prunetune plan` stays free of torch; a method's own options
+are checked by the method itself, which imports it, and only when some are set.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+from prunetune.config.schema import CompensationConfig, MaskConfig, RunConfig
+from prunetune.core.errors import Problem, suggest
+
+MASK_PACKAGE = "prunetune.methods.masks"
+COMPENSATION_PACKAGE = "prunetune.methods.compensation"
+
+
+def check_methods(config: RunConfig) -> list[Problem]:
+    """Problems with the names and options of the mask and compensation methods."""
+    found = []
+    for section, package, chosen in (
+        ("mask", MASK_PACKAGE, config.mask),
+        ("compensation", COMPENSATION_PACKAGE, config.compensation),
+    ):
+        known = registered_names(package)
+        if chosen.method not in known:
+            message = f"there is no {section} {chosen.method!r}; {suggest(chosen.method, known)}"
+            found.append(Problem(message, f"{section}.method"))
+        elif chosen.options():
+            found += _check_options(section, chosen)
+    return found
+
+
+def registered_names(package: str) -> list[str]:
+    """Names that the modules of a plug-in package register, without importing them."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations or () if spec else ()
+    return sorted(
+        name
+        for folder in folders
+        for file in sorted(Path(folder).glob("*.py"))
+        for name in _names_in(ast.parse(file.read_text(encoding="utf-8")))
+    )
+
+
+def _names_in(tree: ast.Module) -> list[str]:
+    return [
+        call.args[0].value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr == "register"
+        and len(call.args) == 1
+        and isinstance(call.args[0], ast.Constant)
+        and isinstance(call.args[0].value, str)
+    ]
+
+
+def _check_options(section: str, chosen: MaskConfig | CompensationConfig) -> list[Problem]:
+    if section == "mask":
+        from prunetune.methods.masks import check_mask as check
+    else:
+        from prunetune.methods.compensation import check_compensation as check
+    return check(chosen.method, chosen.options())
