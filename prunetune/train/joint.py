@@ -76,10 +76,6 @@ class JointSearch:
         origin = {"method": self._prune.mask.method, "seed": self._prune.seed, "step": step}
         return self.mask.plan(origin)
 
-    def close(self, plan: Plan) -> None:
-        """Sets every gate to 0 or 1 as the plan says: the masked model that slicing must equal."""
-        self.gate_set.set(hard_gates(self.planner, plan))
-
 
 def hard_gates(planner: Planner, plan: Plan) -> dict[str, Tensor]:
     """site -> (U,) gates of 0 and 1 that close exactly what the plan removes."""

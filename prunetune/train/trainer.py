@@ -6,7 +6,7 @@ What the phases mean is in joint.py, the freeze in freeze.py, what is saved in c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from prunetune.methods.compensation import build_compensation
 from prunetune.methods.masks import check_mask
 from prunetune.model.architecture import Architecture, describe
 from prunetune.model.budget import Shape, describe_kept, full_shape, kept_fractions, plan_shape
+from prunetune.model.gates import GateSet
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
 from prunetune.model.statistics import SecondMoments
@@ -51,7 +52,7 @@ from prunetune.train.freeze import (
     require_equal,
     write_freeze,
 )
-from prunetune.train.joint import JointSearch, reducer
+from prunetune.train.joint import JointSearch, hard_gates, reducer
 from prunetune.train.legs import joined
 
 
@@ -213,8 +214,7 @@ class JointTrainer(SFTTrainer):
         if self.prune is None or self.plan is not None:
             return
         phases = phase_steps(self.prune.phases, state.max_steps)
-        if self._search is not None:
-            self._search.gate_set.detach()
+        self._end_search()
         self._search = JointSearch(self.model, self.prune, self.planner, phases)
         if self._resumed_from is not None:
             self._search.mask.load_state_dict(load_mask(self._resumed_from))
@@ -309,18 +309,38 @@ class JointTrainer(SFTTrainer):
         Returns:
             The surgery, and the compensated base weights that ``apply_updates`` would put in.
         """
-        assert self._search is not None
-        self._search.close(plan)
+        self._end_search()
+        gates = GateSet(base_model(self.model), self.planner.sites)
+        gates.attach()
+        gates.set(hard_gates(self.planner, plan))
         self.model.eval()
         surgery = Surgery(self.dense, plan)
         updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
         masked = self._probe()
-        self._search.gate_set.detach()
-        self._search = None
+        gates.detach()
         slice_model(self.model, plan)
         require_equal(masked, self._probe(), next(base_model(self.model).parameters()).dtype)
         self.plan = plan
         return surgery, updates
+
+    def cut_from_scores(self, scores: Mapping[str, Tensor]) -> Plan:
+        """Slices the live dense model to this trainer's target by the scores of an earlier search.
+
+        Args:
+            scores: site -> (U,), as a freeze folder has them.
+
+        Returns:
+            The plan; there is no recover phase behind it unless the model is trained on.
+        """
+        plan = self.planner.plan(scores, origin={"method": "scores of an earlier search"})
+        surgery, updates = self.cut(plan)
+        apply_updates(self.model, surgery, updates)
+        return plan
+
+    def _end_search(self) -> None:
+        if self._search is not None:
+            self._search.gate_set.detach()
+            self._search = None
 
     def _collect(self, moments: SecondMoments) -> None:
         seed = self.prune.seed if self.prune else 0

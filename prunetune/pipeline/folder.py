@@ -1,0 +1,95 @@
+"""The run folder: where everything goes, what was set, with which versions."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from prunetune.config.schema import RunConfig
+from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.files import read_json, write_json, write_text
+
+RESOLVED = "resolved.yaml"
+VERSIONS = "versions.json"
+PACKAGES = ("prunetune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Makes the run folder and records settings and versions in it.
+
+    Args:
+        config: the run's settings; ``config.folder`` is the run folder.
+        resume: go on in a folder that exists.
+        overwrite: delete what a former run left there.
+
+    Raises:
+        ConfigError: the folder holds a run and neither was asked for, or the run there had other settings.
+    """
+    folder, text = config.folder, resolved_text(config)
+    exists = (folder / RESOLVED).exists()
+    if exists and overwrite:
+        shutil.rmtree(folder)
+    elif exists and not resume:
+        raise ConfigError(
+            [Problem(f"{folder} holds a run already; add --resume to go on with it, --overwrite to start anew, or set "
+                     "another folder=...", "folder")]
+        )
+    elif exists:
+        _require_same(folder, text)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError([Problem(f"{folder} is not empty and not a run; set another folder=...", "folder")])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RESOLVED, text)
+    write_json(folder / VERSIONS, versions())
+
+
+def _require_same(folder: Path, text: str) -> None:
+    """Resuming with other settings would not be the run that was started; evaluation and export may change."""
+    before, now = yaml.safe_load((folder / RESOLVED).read_text()), yaml.safe_load(text)
+    free = ("evaluate", "export", "folder")
+    changed = [key for key in now if key not in free and before.get(key) != now[key]]
+    if changed:
+        raise ConfigError(
+            [Problem(f"differs from the run in {folder} (there: {before.get(key)}); resume with the same settings, or set "
+                     "another folder=...", key) for key in changed]
+        )
+
+
+def resolved_text(config: RunConfig) -> str:
+    """The whole configuration, defaults included, as YAML that `prunetune train` takes."""
+    values = config.model_dump(mode="json")
+    values["target"] = {key: value for key, value in values["target"].items() if value is not None}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration that a run folder was made with.
+
+    Raises:
+        ConfigError: there is no run in the folder.
+    """
+    path = folder / RESOLVED
+    if not path.exists():
+        raise ConfigError([Problem(f"there is no run in {folder} ({RESOLVED} is missing)", "folder")])
+    return RunConfig(**{**yaml.safe_load(path.read_text()), "folder": folder})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that results depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def read_versions(folder: Path) -> dict[str, str]:
+    """The versions that a run was made with."""
+    recorded: dict[str, str] = read_json(folder / VERSIONS)
+    return recorded

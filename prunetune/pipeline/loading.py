@@ -1,0 +1,51 @@
+"""Bringing back what a run folder holds: the base, the plan, the adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prunetune.core.errors import DataError
+from prunetune.core.records import PreparedModel
+from prunetune.train.checkpoint import global_step, newest, read_marker
+from prunetune.train.freeze import FREEZE, adopt_freeze
+
+TRAIN = "train"
+
+
+def load_base(prepared: PreparedModel, dtype: str) -> Any:
+    """The dense base model in ``dtype``."""
+    return AutoModelForCausalLM.from_pretrained(prepared.folder, dtype=getattr(torch, dtype))
+
+
+def load_tokenizer(prepared: PreparedModel) -> Any:
+    """The base model's tokenizer."""
+    return AutoTokenizer.from_pretrained(prepared.folder)
+
+
+def load_trained(run_folder: Path, prepared: PreparedModel, dtype: str) -> tuple[Any, Any]:
+    """The model as the run's newest checkpoint has it: sliced, compensated, adapters attached and unmerged.
+
+    Returns:
+        (PeftModel, plan); the plan is None if the run was not pruned.
+
+    Raises:
+        DataError: the run has not come so far that there is something to export.
+    """
+    output_dir = run_folder / TRAIN
+    checkpoint = newest(output_dir, output_dir / FREEZE)
+    if checkpoint is None:
+        raise DataError(f"{run_folder} has no complete checkpoint; run `prunetune train` first")
+    marker = read_marker(checkpoint) or {}
+    if not marker.get("frozen") and not marker.get("dense"):
+        raise DataError(
+            f"the run in {run_folder} stopped at step {global_step(checkpoint)}, before its plan was frozen; go on with "
+            "`prunetune train CONFIG --resume` and export then"
+        )
+    model = load_base(prepared, dtype)
+    plan = adopt_freeze(model, output_dir / FREEZE) if marker.get("frozen") else None
+    return PeftModel.from_pretrained(model, checkpoint), plan

@@ -1,0 +1,197 @@
+"""A whole run as ordered stages: prepare, data, train, export, evaluate, report. Each leaves files behind, so that
+a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunetune.config.presets import derive, export_folder, total_steps
+from prunetune.config.schema import PruneConfig, RunConfig
+from prunetune.core.console import console, is_main_process, note
+from prunetune.core.records import DataBundle, EvalResult, ExportedModel, PreparedModel
+from prunetune.data.load import load_bundle
+from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
+from prunetune.methods.masks import MASKS
+from prunetune.model.architecture import describe
+from prunetune.model.budget import describe_kept, full_shape, plan_shape
+from prunetune.model.plan import Plan
+from prunetune.model.planner import Planner
+from prunetune.model.resolve import resolve_model
+from prunetune.pipeline.folder import open_folder
+from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer
+from prunetune.pipeline.trainer import PruneTuneTrainer
+from prunetune.report.table import before_after_table
+from prunetune.report.write import write_reports
+from prunetune.train.settings import lora_config, sft_config
+
+# Rows of the short validations during training; the evaluation at the end has its own, larger number.
+WATCHED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run leaves behind."""
+
+    folder: Path
+    exported: ExportedModel | None
+    results: tuple[EvalResult, ...]
+
+
+def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunReport:
+    """Fine-tunes, shrinks, exports, measures and reports, as the configuration says.
+
+    Args:
+        config: the run's settings.
+        resume: go on with the run in ``config.folder``.
+        overwrite: delete a former run there.
+
+    Raises:
+        PrunetuneError: with what was set, why it cannot work, and what to set instead.
+        KeyboardInterrupt: after Ctrl-C, once everything is saved.
+    """
+    # The budget is checked before anything is written or loaded.
+    prepared = resolve_model(config.model.name, config.model.revision)
+    Planner(describe(prepared.config), config.target, config.export.dtype)
+    if is_main_process():
+        open_folder(config, resume=resume, overwrite=overwrite)
+    tokenizer = load_tokenizer(prepared)
+    data = load_bundle(
+        config.data,
+        tokenizer=tokenizer,
+        max_length=config.train.max_length,
+        seed=config.seed,
+        completion_only=config.train.completion_only,
+    )
+    trainer = train(config, prepared, tokenizer, data, config.prune(), config.folder / TRAIN, resume=resume)
+    steps = trainer.state.max_steps
+    exported = _export(config, trainer, resume)
+    trainer.accelerator.wait_for_everyone()
+    if not is_main_process():
+        trainer.end()
+        return RunReport(config.folder, exported, ())
+    assert trainer.plan is not None
+    plan = trainer.plan
+    trainer.end()
+    del trainer
+    folders = {"base": prepared.folder}
+    if config.evaluate.enabled and config.evaluate.compare == "dense":
+        folders["dense LoRA"] = _dense(config, prepared, tokenizer, data, steps, resume)
+    folders["compact"] = export_folder(config)
+    results = _evaluate(config, folders, data) if config.evaluate.enabled else ()
+    write_reports(config.folder, _facts(config, prepared, data, plan, exported))
+    _closing(config, results)
+    return RunReport(config.folder, exported, tuple(results))
+
+
+def train(
+    config: RunConfig,
+    prepared: PreparedModel,
+    tokenizer: Any,
+    data: DataBundle,
+    prune: PruneConfig | None,
+    output_dir: Path,
+    *,
+    resume: bool,
+) -> PruneTuneTrainer:
+    """Builds the trainer and trains (or goes on, or finds that all steps are done).
+
+    Args:
+        prune: the joint settings; None: the plain LoRA run of as many steps.
+    """
+    steps = total_steps(config.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    if prune is not None:
+        for derived in derive(config, steps):
+            note(f"{derived.name}: [bold]{derived.value}[/bold] ({derived.reason})")
+    watched = data.validation.select(range(min(WATCHED_ROWS, len(data.validation))))
+    trainer = PruneTuneTrainer(
+        model=load_base(prepared, config.model.dtype),
+        args=sft_config(config, output_dir, steps),
+        train_dataset=data.train,
+        eval_dataset=watched,
+        processing_class=tokenizer,
+        peft_config=lora_config(config),
+        prune=prune,
+        dtype=config.export.dtype,
+        evaluate_at_freeze=True,
+        metrics_file=config.folder / "metrics.jsonl" if prune is not None else None,
+    )
+    if prune is not None:
+        shapes = trainer.planner.candidates
+        note(f"budget {trainer.planner.budget.show()}: {len(shapes)} legal shape{'s' if len(shapes) > 1 else ''}, such as")
+        for shape in sorted(shapes, reverse=True)[:3]:
+            note(f"  {shape} ({describe_kept(trainer.dense, shape)})")
+    has_checkpoint = any(output_dir.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=True if resume and has_checkpoint else None)
+    if prune is not None and trainer.accelerator.is_main_process:
+        assert trainer.plan is not None
+        trainer.plan.save(config.folder / "plan.json")
+    return trainer
+
+
+def _export(config: RunConfig, trainer: PruneTuneTrainer, resume: bool) -> ExportedModel | None:
+    folder = export_folder(config)
+    return trainer.export(
+        folder,
+        dtype=config.export.dtype,
+        shard_size=config.export.shard_size,
+        verify=config.export.verify,
+        replace=resume,
+    )
+
+
+def _dense(
+    config: RunConfig, prepared: PreparedModel, tokenizer: Any, data: DataBundle, steps: int, resume: bool
+) -> Path:
+    """Trains and exports the plain LoRA run with the same data, steps and seed."""
+    folder = config.folder / "dense"
+    note(f"evaluate.compare dense: training the plain LoRA run, {steps} steps")
+    same_steps = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
+    trainer = train(same_steps, prepared, tokenizer, data, None, folder / TRAIN, resume=resume)
+    trainer.export(folder / "model", dtype=config.export.dtype, verify=False, replace=True)
+    trainer.end()
+    return folder / "model"
+
+
+def _evaluate(config: RunConfig, folders: dict[str, Path], data: DataBundle) -> list[EvalResult]:
+    rows = data.validation.select(range(min(config.evaluate.rows, len(data.validation))))
+    settings = EvalSettings(
+        max_length=config.train.max_length,
+        batch_size=config.train.batch_size,
+        completion_only=config.train.completion_only,
+        assistant_only=config.train.assistant_only,
+        general_tokens=config.evaluate.general_tokens,
+    )
+    results = compare(folders, rows, data.general_text, speed=config.evaluate.speed, settings=settings)
+    save_evaluation(config.folder / "evaluation.json", results, settings)
+    return results
+
+
+def _facts(
+    config: RunConfig, prepared: PreparedModel, data: DataBundle, plan: Plan, exported: ExportedModel | None
+) -> dict[str, Any]:
+    arch = describe(prepared.config)
+    shape = plan_shape(arch, plan)
+    return {
+        "base": config.model.name,
+        "base_source": prepared.source,
+        "base_licence": prepared.licence,
+        "data": data.description,
+        "data_facts": data.facts,
+        "shape_before": str(full_shape(arch)),
+        "shape_after": str(shape),
+        "kept": describe_kept(arch, shape),
+        "papers": [paper for paper in [MASKS.get(config.mask.method).paper] if paper],
+        "verification": exported.verification if exported else {},
+        "export_folder": str(export_folder(config)),
+    }
+
+
+def _closing(config: RunConfig, results: tuple[EvalResult, ...] | list[EvalResult]) -> None:
+    if results:
+        console().print(before_after_table(results))
+    note(f"compact model: [bold]{export_folder(config)}[/bold] (stock transformers opens it)")
+    note(f"report: {config.folder / 'report.html'}   model card: {config.folder / 'README.md'}")
+    note(f"try it: prunetune chat {export_folder(config)}")
