@@ -107,9 +107,7 @@ def read_evaluation(path: Path) -> tuple[tuple[EvalResult, ...], dict[str, Any]]
     if not path.exists():
         return (), {}
     raw = read_json(path)
-    results = tuple(
-        EvalResult(entry["label"], Path(entry["folder"]), entry["numbers"]) for entry in raw["results"]
-    )
+    results = tuple(EvalResult(entry["label"], Path(entry["folder"]), entry["numbers"]) for entry in raw["results"])
     return results, dict(raw.get("settings", {}))
 
 

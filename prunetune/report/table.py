@@ -63,8 +63,7 @@ def table_cells(results: Sequence[EvalResult]) -> list[Cells]:
     rows = []
     for line, following in zip(lines, [*lines[1:], None], strict=True):
         values = tuple(
-            line.show(result.numbers[line.number]) if line.number in result.numbers else MISSING
-            for result in results
+            line.show(result.numbers[line.number]) if line.number in result.numbers else MISSING for result in results
         )
         ends_group = following is not None and following.group != line.group
         rows.append(Cells(line.title, values, _change(line, results), ends_group))
@@ -97,9 +96,7 @@ def before_after_markdown(results: Sequence[EvalResult]) -> str:
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for cells in table_cells(results):
         rows.append([cells.title.strip(), *cells.values, *([cells.change] if several else [])])
-    return (
-        "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n"
-    )
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows) + "\n"
 
 
 def _change(line: Line, results: Sequence[EvalResult]) -> str:

@@ -47,10 +47,8 @@ def kept_units_figure(plan: Plan, scores: Mapping[str, np.ndarray[Any, Any]] | N
         axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
         handles: dict[str, Any] = {"stays": Patch(color=BLUE), "removed": Patch(color=GREY)}
         if dots is not None:
-            handles["share of the layer's total score that stays"] = dots
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False
-        )
+            handles["share of the layer's score that stays (right edge = 100%)"] = dots
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -148,13 +146,7 @@ def _draw_histogram(axis: Any, kind: str, stay: np.ndarray[Any, Any], leave: np.
     gates = bool(both.size) and both.min() >= 0 and both.max() <= 1 and both.max() > 0.5
     bars = int(np.clip(2 * np.sqrt(both.size), 8, 40))
     positive = both[both > 0]
-    if (
-        not gates
-        and both.size
-        and both.min() >= 0
-        and positive.size
-        and positive.max() > 100 * positive.min()
-    ):
+    if not gates and both.size and both.min() >= 0 and positive.size and positive.max() > 100 * positive.min():
         edges = np.geomspace(positive.min(), positive.max() * 1.001, bars + 1)
         # Zeros would vanish from a logarithmic axis: they are counted in its first bar.
         stay, leave = np.maximum(stay, edges[0]), np.maximum(leave, edges[0])
