@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rich.table import Table
 
@@ -61,7 +62,7 @@ def table_cells(results: Sequence[EvalResult]) -> list[Cells]:
     """The rows of the table; a number that no model has is left out."""
     lines = [line for line in LINES if any(line.number in result.numbers for result in results)]
     rows = []
-    for line, following in zip(lines, [*lines[1:], None], strict=True):
+    for line, following in zip_longest(lines, lines[1:]):
         values = tuple(
             line.show(result.numbers[line.number]) if line.number in result.numbers else MISSING for result in results
         )
@@ -77,7 +78,15 @@ def change_title(results: Sequence[EvalResult]) -> str:
 
 def before_after_table(results: Sequence[EvalResult], title: str = "Before and after") -> Table:
     """A table with one column a model, readable at 80 columns for up to three models."""
-    table = Table(title=title, caption="↓ lower is better, ↑ higher is better", title_justify="left")
+    # Without the outer frame, three models and the change fit into 80 columns.
+    table = Table(
+        title=title,
+        caption="↓ lower is better, ↑ higher is better",
+        title_justify="left",
+        caption_justify="left",
+        show_edge=False,
+        pad_edge=False,
+    )
     table.add_column("", no_wrap=True)
     for result in results:
         table.add_column(result.label, justify="right", overflow="fold")

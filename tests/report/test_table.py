@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -26,14 +27,13 @@ def test_values_and_changes(results):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_fits_80_columns_and_folds_nothing(results, count):
-    chosen = results[:count] if count < 3 else results
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    chosen = results[:count]
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(before_after_table(chosen))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
-    # One line a number: title, heading, borders, section ends and caption are the rest.
-    assert sum("tok/s" in line for line in lines) == 4
-    assert len([line for line in lines if line.startswith("│")]) == len(table_cells(chosen))
+    # One line a number: no cell is folded into a second line.
+    assert len([line for line in lines if "│" in line]) == len(table_cells(chosen))
 
 
 def test_missing_numbers_are_dashes_and_unknown_lines_left_out(results):

@@ -52,7 +52,7 @@ def test_card_has_front_matter_table_config_and_links(run_folder, facts):
     assert "CC BY 4.0" in body
     assert "torch 2.13.0" in body
     assert "Training time: 1 min 15 s" in body
-    assert "\n\n\n" not in body.replace("```", "")
+    assert "\n\n\n" not in body
 
 
 def test_python_in_the_card_compiles(run_folder, facts):
