@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
@@ -176,7 +177,8 @@ class JointTrainer(SFTTrainer):
                 f"{self.args.output_dir}. Resume with resume_from_checkpoint=True"
             )
         result = joined(results)
-        super().log(dict(result.metrics))
+        if "train_runtime" in result.metrics:
+            super().log(dict(result.metrics))
         return result
 
     def _is_due(self, checkpoint: Path) -> bool:
@@ -193,10 +195,25 @@ class JointTrainer(SFTTrainer):
 
     def _leg(self, checkpoint: Path | None, *, last: bool, **kwargs: Any) -> TrainOutput:
         self._resumed_from = checkpoint
+        if checkpoint is not None and self._is_finished(checkpoint):
+            return self._finished(checkpoint)
         if checkpoint is not None:
             self._total_train_tokens = (read_marker(checkpoint) or {}).get("train_tokens", 0)
         with compat.one_run(self.callback_handler, ends=last):
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+
+    @staticmethod
+    def _is_finished(checkpoint: Path) -> bool:
+        state = read_json(checkpoint / STATE_FILE)
+        return bool(state["global_step"] >= state["max_steps"])
+
+    def _finished(self, checkpoint: Path) -> TrainOutput:
+        """The state after the last step, without training: Trainer would take one step too many."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        loss = sum(losses) / max(1, len(losses))
+        return TrainOutput(self.state.global_step, loss, {"train_loss": loss})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in SFTTrainer; a leg's own summary is held back, the whole run's is logged at the end."""

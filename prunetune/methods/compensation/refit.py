@@ -15,7 +15,7 @@ class RefitOptions(Options):
     """Options of refit."""
 
     tokens: int = Field(16384, ge=256, description="calibration tokens from the training rows")
-    ridge: float = Field(0.01, gt=0, description="of the mean diagonal of the second moment")
+    ridge: float = Field(0.1, gt=0, description="of the mean diagonal of the second moment")
 
 
 @COMPENSATIONS.register("refit")
