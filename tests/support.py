@@ -21,6 +21,9 @@ from prunetune.model.budget import Shape, full_shape
 from prunetune.model.plan import Plan
 from prunetune.model.units import KINDS, Site, site_name
 
+# These models are so small that a pool of threads costs more than it gives.
+torch.set_num_threads(1)
+
 VOCABULARY = 99
 WIDTHS: dict[str, Any] = {
     "hidden_size": 48,

@@ -101,11 +101,27 @@ class Plan:
         """Reads a plan; raises PlanMismatchError if the file is not one."""
         try:
             raw = read_json(path)
-            if raw["format"] != FORMAT or raw["version"] != VERSION:
-                raise PlanMismatchError(f"{path} has plan version {raw.get('version')}; this prunetune reads {VERSION}")
-            kept = {str(name): tuple(int(i) for i in units) for name, units in raw["kept"].items()}
-            return cls(kept, raw["architecture"], raw.get("origin", {}))
         except FileNotFoundError as error:
-            raise PlanMismatchError(f"there is no plan at {path}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanMismatchError(f"{path} is not a plan file ({error!r})") from error
+            raise PlanMismatchError(f"there is no plan at {path}; give a run's plan.json") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise PlanMismatchError(f"{path} is not a plan file ({error}); give a run's plan.json") from error
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise PlanMismatchError(f"{path} is not a plan file; give a run's plan.json")
+        if raw.get("version") != VERSION:
+            raise PlanMismatchError(f"{path} has plan version {raw.get('version')}; this prunetune reads {VERSION}")
+        kept = {name: _indices(path, name, units) for name, units in _mapping(path, raw, "kept").items()}
+        return cls(kept, _mapping(path, raw, "architecture"), _mapping(path, raw, "origin"))
+
+
+def _mapping(path: Path, raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, dict):
+        raise PlanMismatchError(f"{path}: {key} must be a mapping; the file is damaged")
+    return value
+
+
+def _indices(path: Path, name: str, units: Any) -> tuple[int, ...]:
+    # bool is a kind of int to Python, and int() would take "3" and 3.7 for an index.
+    if not isinstance(units, list) or any(type(index) is not int for index in units):
+        raise PlanMismatchError(f"{path}: {name} must be a list of whole numbers; the file is damaged")
+    return tuple(units)

@@ -46,9 +46,12 @@ def parse_site(name: str) -> tuple[int, str]:
     if name == LAYERS_SITE:
         return -1, LAYERS_SITE
     match = _SITE_NAME.match(name)
-    if not match or match.group(2) not in KINDS:
-        raise ValueError(f"{name!r} is not the name of a site")
-    return int(match.group(1)), match.group(2)
+    if match and match.group(2) in KINDS and match.group(2) != LAYERS_SITE:
+        layer, kind = int(match.group(1)), match.group(2)
+        # Another spelling of the number ("layers.01.") would pass here and be overlooked by every look-up.
+        if site_name(layer, kind) == name:
+            return layer, kind
+    raise ValueError(f"{name!r} is not the name of a site")
 
 
 def kind_size(arch: Architecture, kind: str) -> int:
