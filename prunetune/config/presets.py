@@ -97,13 +97,13 @@ def derive(config: RunConfig, steps: int | None) -> list[Derived]:
     """All derived values of a run of ``steps`` optimizer steps (None: not known yet), for printing."""
     train = config.train
     tokens = train.batch_size * train.accumulate * train.max_length
-    per_step = f"batch {train.batch_size} x accumulate {train.accumulate} x max_length {train.max_length}, a process"
+    per_step = f"batch {train.batch_size} x {train.accumulate} x {train.max_length} tokens, a process"
     derived = [*_phases(config, steps), Derived("tokens per step", f"up to {tokens:,}", per_step)]
     if train.save_every == 0:
-        value = f"every {save_every(train, steps)} steps" if steps else "every tenth of the run"
+        value = f"every {save_every(train, steps)} steps" if steps else "ten times"
         derived.append(Derived("checkpoint", value, f"train.save_every 0; the last {train.keep_checkpoints} are kept"))
     if train.eval_every == 0:
-        derived.append(Derived("validation", "at the freeze and the end", "train.eval_every 0"))
+        derived.append(Derived("validation", "at freeze and end", "train.eval_every 0"))
     if config.export.folder is None:
         derived.append(Derived("export", str(export_folder(config)), "the run folder's compact/"))
     return derived
@@ -121,12 +121,12 @@ def _phases(config: RunConfig, steps: int | None) -> list[Derived]:
         rise = f"{learning_rate_warmup(train, steps)} steps"
         frozen = f"frozen at step {parts.freeze}"
     return [
-        Derived("warm-up", warmup, f"phases.warmup {phases.warmup:.0%}: adapters settle before units are compared"),
-        Derived("search", search, f"phases.search {phases.search:.0%}: gates close toward the budget, {frozen}"),
-        Derived("recover", recover, "what is left: the sliced model learns on, at a small model's cost"),
+        Derived("warm-up", warmup, f"phases.warmup {phases.warmup:.0%}; adapters settle first"),
+        Derived("search", search, f"phases.search {phases.search:.0%}; gates close, {frozen}"),
+        Derived("recover", recover, "what is left; the sliced model learns on"),
         Derived(
-            "learning-rate rise",
+            "rate warm-up",
             rise or f"{train.warmup_steps:.0%} of all steps",
-            f"train.warmup_steps {train.warmup_steps:g}, then {train.scheduler}; one schedule throughout",
+            f"train.warmup_steps {train.warmup_steps:g}, then {train.scheduler}",
         ),
     ]

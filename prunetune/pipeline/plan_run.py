@@ -136,7 +136,7 @@ def _facts(arch: Architecture, shape: Shape, config: RunConfig) -> Facts:
         flops_per_token=flops_per_token(arch, shape, config.train.max_length),
         kv_bytes_per_token=kv_cache_bytes_per_token(arch, shape, config.export.dtype),
         lora_params=lora_params(arch, shape, config.lora.rank, config.lora.targets),
-        memory=training_memory(arch, shape, config),
+        memory=training_memory(arch, shape, config, gpu=has_gpu()),
     )
 
 
@@ -166,7 +166,7 @@ def _resource_warnings(config: RunConfig, arch: Architecture, dense: Facts, comp
     if isinstance(context, int) and config.train.max_length > context:
         yield f"train.max_length {config.train.max_length} is beyond the model's context of {context} tokens"
     available = psutil.virtual_memory().available
-    if not _has_gpu() and dense.memory_bytes > available:
+    if not has_gpu() and dense.memory_bytes > available:
         yield (
             f"training needs about {format_bytes(dense.memory_bytes)} of memory and {format_bytes(available)} is free; "
             "lower train.batch_size and raise train.accumulate, or set train.activation_checkpointing=true"
@@ -181,5 +181,6 @@ def _resource_warnings(config: RunConfig, arch: Architecture, dense: Facts, comp
         )
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether training would use an NVIDIA GPU; asked without torch."""
     return Path("/dev/nvidia0").exists()

@@ -1,0 +1,105 @@
+"""`prunetune list`: what can be named in a configuration."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from prunetune.core.registry import Registry
+
+
+class Subject(str, Enum):  # noqa: UP042 - typer shows the values of a (str, Enum)
+    """What can be listed."""
+
+    masks = "masks"
+    families = "families"
+    units = "units"
+    compensation = "compensation"
+
+
+_UNITS = {
+    "mlp_channels": "one channel of an MLP: a row of gate and up, a column of down",
+    "kv_groups": "a key/value head with all its query heads",
+    "query_heads": "a query head; as many leave in every KV group",
+    "layers": "a whole layer, attention and MLP",
+}
+
+
+def listing(what: Annotated[Subject, typer.Argument(help="what to list")]) -> None:
+    """List the methods, model families or unit kinds that a configuration can name."""
+    from prunetune.core.console import console
+
+    for table in _TABLES[what]():
+        console().print(table)
+
+
+def _masks() -> list[Table]:
+    from prunetune.config.schema import MaskConfig
+    from prunetune.methods.masks import MASKS
+
+    return _methods(MASKS, "mask", MaskConfig().method)
+
+
+def _compensation() -> list[Table]:
+    from prunetune.config.schema import CompensationConfig
+    from prunetune.methods.compensation import COMPENSATIONS
+
+    return _methods(COMPENSATIONS, "compensation", CompensationConfig().method)
+
+
+def _families() -> list[Table]:
+    from prunetune.model.families import FAMILIES
+
+    table = _table("Families: architectures with a unit table", "family", "model_type in config.json", "prunable")
+    for name, family in FAMILIES.items():
+        table.add_row(name, ", ".join(family.model_types), ", ".join(family.units))
+    return [table]
+
+
+def _units() -> list[Table]:
+    from prunetune.config.schema import TargetConfig
+
+    table = _table("Units: target.units", "kind", "one unit is", "default")
+    default = TargetConfig.model_fields["units"].default
+    for kind, meaning in _UNITS.items():
+        table.add_row(kind, meaning, "yes" if kind in default else "")
+    return [table]
+
+
+def _methods(registry: Registry[Any], section: str, default: str) -> list[Table]:
+    table = _table(f"{section}.method", "name", "what it does", "paper", "default")
+    options = _table(f"Options of these methods: {section}.KEY", "method", "key", "default", "meaning")
+    for name, method in registry.items():
+        table.add_row(name, registry.summary(name), method.paper, "yes" if name == default else "")
+        for key, field in method.Options.model_fields.items():
+            value = "required" if field.is_required() else _shown(field.default)
+            options.add_row(name, key, value, field.description or "")
+    return [table, options] if options.row_count else [table]
+
+
+def _shown(value: Any) -> str:
+    """A default as it is written in YAML."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, style="bold" if index == 0 else "")
+    return table
+
+
+_TABLES = {
+    Subject.masks: _masks,
+    Subject.families: _families,
+    Subject.units: _units,
+    Subject.compensation: _compensation,
+}

@@ -1,0 +1,76 @@
+"""The command line. Commands are thin and import what they need when they run, so that help is instant.
+
+Exit codes: 0 done, 1 failed (message, no traceback), 2 wrong configuration or usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from prunetune import __version__
+from prunetune.cli.commands import chat, doctor, evaluate, export, listing, plan, train
+from prunetune.core.console import is_main_process
+from prunetune.core.errors import ConfigError, PrunetuneError
+
+
+class _Commands(TyperGroup):
+    """Turns deliberate errors into a message and an exit code; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PrunetuneError as error:
+            _complain(str(error))
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="prunetune",
+    cls=_Commands,
+    help="Fine-tune a language model for a domain and make it smaller in the same run.",
+    epilog="Start with: prunetune plan configs/quickstart.yaml, then prunetune train configs/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("plan")(plan.plan)
+app.command("train")(train.train)
+app.command("export")(export.export)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
+app.command("list")(listing.listing)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prunetune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def _complain(text: str) -> None:
+    # Every process of a launch meets the same fault; one of them says so.
+    if is_main_process():
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(text)}")
+
+
+if __name__ == "__main__":
+    app()
