@@ -13,9 +13,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from prunetune.core.sizes import parse_bytes, parse_count, parse_fraction
 
+
+def _bytes(value: Any) -> int:
+    """A size as a person types it, or the plain number of bytes of a resolved configuration."""
+    return value if type(value) is int else parse_bytes(value)
+
+
 Fraction = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0.0, le=1.0)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
 UnitKind = Literal["mlp_channels", "kv_groups", "query_heads", "layers"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
