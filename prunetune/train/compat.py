@@ -20,9 +20,9 @@ SLICEABLE_OPTIMIZERS = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "ad
 __all__ = ["SLICEABLE_OPTIMIZERS", "one_run", "quiet_progress", "refusals", "rotate_checkpoints"]
 
 
-def refusals(args: Any, model: Any, optimizer: Any) -> list[Problem]:
+def refusals(trainer: Any, optimizer: Any) -> list[Problem]:
     """What TRL allows but joint pruning cannot do, each with what to set instead."""
-    found = []
+    args, model, found = trainer.args, trainer.model, []
 
     def refuse(when: Any, field: str, why: str) -> None:
         if when:
@@ -55,8 +55,12 @@ def refusals(args: Any, model: Any, optimizer: Any) -> list[Problem]:
         "the freeze slices a checkpoint with its optimizer; set it to False",
     )
     refuse(args.torch_compile, "torch_compile", "compiled code keeps the dense shapes; set it to False")
-    refuse(args.fsdp, "fsdp", "sharded bases cannot be sliced yet; use DDP (configs/accelerate/ddp.yaml)")
-    refuse(args.deepspeed, "deepspeed", "sharded states cannot be sliced yet; use DDP (configs/accelerate/ddp.yaml)")
+    refuse(
+        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+        "distributed_type",
+        "FSDP and DeepSpeed shard weights or optimizer states, which the freeze cannot slice yet; launch with DDP "
+        "(configs/accelerate/ddp.yaml)",
+    )
     refuse(
         getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False),
         "model",

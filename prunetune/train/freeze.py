@@ -55,7 +55,7 @@ def compensated_weights(
 
     Returns:
         dense module path -> (out, kept) base weight in the base's dtype, on the CPU; with the adapters added back
-        it is the weight that the method found.
+        it is the weight that the method found. Linears that the method leaves alone are not in it.
     """
     base = base_model(model)
     losing = [path for path, cut in surgery.cuts.items() if cut.columns is not None]
@@ -69,8 +69,11 @@ def compensated_weights(
             assert kept is not None
             weight, delta = _weight_and_delta(module)
             kept = kept.to(weight.device)
-            found = compensation.weight(weight.float() + delta, kept, moments.sums.pop(path, None))
-            updates[path] = (found - delta.index_select(1, kept)).to(weight.dtype).cpu().contiguous()
+            effective = weight.float() + delta
+            found = compensation.weight(effective, kept, moments.sums.pop(path, None))
+            # Adding the delta and taking it off again would round a weight that the method left alone.
+            if not torch.equal(found, effective.index_select(1, kept)):
+                updates[path] = (found - delta.index_select(1, kept)).to(weight.dtype).cpu().contiguous()
     return updates
 
 

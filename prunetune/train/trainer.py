@@ -112,7 +112,7 @@ class JointTrainer(SFTTrainer):
 
     def _refuse(self, optimizer: Any) -> None:
         assert self.prune is not None
-        problems = compat.refusals(self.args, self.model, optimizer)
+        problems = compat.refusals(self, optimizer)
         linears = {module.rpartition(".")[2] for module in self.dense.family.modules.values()}
         problems += compat.adapter_refusals(self.model, linears)
         problems += check_mask(self.prune.mask.method, self.prune.mask.options())

@@ -1,0 +1,176 @@
+"""What joint training costs: search- and recover-phase steps against plain TRL LoRA steps, time and peak memory.
+
+    python scripts/bench/step_time.py --model smollm2-135m --out step_time.json
+
+Time: the three kinds of step take turns on the same batches in one process; ratios are medians over turns with
+quartiles. Memory: each kind runs alone in a fresh process. The recover ratio is held against the small model's
+share of the plain step's FLOPs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from prunetune.config.schema import RunConfig
+from prunetune.core.files import write_json
+from prunetune.core.streams import stream
+from prunetune.evaluate.memory import peak_resident_bytes
+from prunetune.model.budget import flops_per_token, full_shape
+from prunetune.model.resolve import resolve_model
+from prunetune.pipeline.loading import load_base, load_tokenizer
+from prunetune.pipeline.trainer import PruneTuneTrainer
+from prunetune.train.settings import lora_config, sft_config
+
+KINDS = ("plain", "search", "recover")
+
+
+def main() -> None:
+    options = parse()
+    if options.only:
+        step = stepper(options.only, options)
+        for _ in range(options.repeats):
+            step()
+        print(json.dumps({"peak_bytes": peak_bytes()}))
+        return
+    times, share = measure_times(options)
+    memory = {kind: measure_memory(kind, options) for kind in KINDS}
+    result = {
+        "model": options.model,
+        "batch": options.batch,
+        "length": options.length,
+        "kept": options.kept,
+        "threads": torch.get_num_threads(),
+        "search_over_plain": spread(times["search"], times["plain"]),
+        "recover_over_plain": spread(times["recover"], times["plain"]),
+        "recover_flop_share": round(share, 4),
+        "peak_bytes": memory,
+        "search_memory_over_plain": round(memory["search"] / memory["plain"], 4),
+        "recover_memory_over_plain": round(memory["recover"] / memory["plain"], 4),
+    }
+    print(json.dumps(result, indent=2))
+    if options.out:
+        write_json(options.out, result)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--kept", default="60%")
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--only", choices=KINDS, help="run one kind alone and print its peak memory")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def stepper(kind: str, options: argparse.Namespace) -> Callable[[], float]:
+    """A function that takes one whole optimizer step and returns its seconds."""
+    trainer = build(kind, options)
+    trainer.create_optimizer()
+    trainer.model.train()
+    if kind == "search":
+        trainer.state.max_steps = 1000
+        trainer.begin_leg(trainer.state)
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(options.batch)]))
+    items = (batch["labels"][:, 1:] != -100).sum()
+    # Past the warm-up, so that gates move and the planner decides in every step.
+    state = {"step": 200}
+
+    def step() -> float:
+        start = time.perf_counter()
+        trainer.begin_step(state["step"])
+        trainer.training_step(trainer.model, dict(batch), num_items_in_batch=items)
+        trainer.before_optimizer_step(state["step"])
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+        state["step"] += 1
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    step.flops = flops_per_token(trainer.dense, trainer.shape, options.length // 2)  # type: ignore[attr-defined]
+    step.dense_flops = flops_per_token(trainer.dense, full_shape(trainer.dense), options.length // 2)  # type: ignore[attr-defined]
+    return step
+
+
+def build(kind: str, options: argparse.Namespace) -> PruneTuneTrainer:
+    config = RunConfig(
+        model={"name": options.model},
+        target=options.kept,
+        mask="random" if kind == "recover" else "saliency",
+        compensation="none",
+        train={
+            "batch_size": options.batch,
+            "max_length": options.length,
+            "activation_checkpointing": options.checkpointing,
+        },
+    )
+    prepared = resolve_model(options.model)
+    tokenizer = load_tokenizer(prepared)
+    words = stream(0, "bench").integers(100, len(tokenizer) - 100, (options.batch, options.length))
+    rows = Dataset.from_list([{"input_ids": row.tolist(), "labels": row.tolist()} for row in words])
+    scratch = tempfile.mkdtemp()
+    trainer = PruneTuneTrainer(
+        model=load_base(prepared, config.model.dtype),
+        args=sft_config(config, Path(scratch), 1000),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(config),
+        prune=None if kind == "plain" else config.prune(),
+    )
+    if kind == "recover":
+        scores = {site.name: torch.rand(site.size) for site in trainer.planner.sites if site.kind == "mlp_channels"}
+        trainer.cut_from_scores(scores)
+    return trainer
+
+
+def measure_times(options: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
+    """(kind -> seconds of each turn, FLOP share of the recover model)."""
+    steppers = {kind: stepper(kind, options) for kind in KINDS}
+    for step in steppers.values():
+        step()
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(options.repeats):
+        for kind, step in steppers.items():
+            times[kind].append(step())
+    recover: Any = steppers["recover"]
+    return times, recover.flops / recover.dense_flops
+
+
+def measure_memory(kind: str, options: argparse.Namespace) -> int:
+    """Peak bytes of a fresh process that takes steps of one kind."""
+    command = [sys.executable, __file__, "--model", options.model, "--only", kind, "--repeats", "3"]
+    command += ["--batch", str(options.batch), "--length", str(options.length), "--kept", options.kept]
+    command += ["--checkpointing"] if options.checkpointing else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"])
+
+
+def peak_bytes() -> int:
+    """Of this process (resident set), or of the GPU's allocator."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
+
+
+def spread(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Median of the turns' ratios, with quartiles."""
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    return {"median": round(median(ratios), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+if __name__ == "__main__":
+    main()
