@@ -199,7 +199,8 @@ def question_of(example: Mapping[str, Any]) -> str:
     if "text" in example:
         text = example["text"]
     elif "messages" in example:
-        text = next(message["content"] for message in example["messages"] if message["role"] == "user")
+        last = max(i for i, message in enumerate(example["messages"]) if message["role"] == "assistant")
+        text = "\n".join(message["content"] for message in example["messages"][:last])
     elif isinstance(example["prompt"], str):
         text = example["prompt"]
     else:

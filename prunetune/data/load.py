@@ -107,7 +107,7 @@ def _read(config: DataConfig, chat: bool, folder: Path | None, report: Report) -
 
 def _pydocs(config: DataConfig, report: Report) -> tuple[Rows, Rows]:
     """The embedded default as rows, with a sentence on what it was made from."""
-    docs = pydocs.load(config.validation_fraction, config.validation_rows)
+    docs = pydocs.load(config.validation_fraction)
 
     def rows(questions: tuple[pydocs.Question, ...]) -> Rows:
         values = [{"prompt": item.prompt, "completion": item.completion} for item in questions]

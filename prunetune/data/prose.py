@@ -53,8 +53,8 @@ def _reads_as_prose(text: str) -> bool:
         and text.isascii()
         and text[-1] in ".!?"
         and text[0].isupper()
-        and letters >= 0.91 * len(text)
-        and text.count('"') <= 4
+        and letters >= 0.88 * len(text)
+        and text.count('"') <= 8
         and not re.match(r"(Changed|New|Added|Deprecated) in (version )?\d", text)
         and not re.search(r"https?:|[`<>{}=|\\]|\.\.\.|\bpip install\b", text)
     )

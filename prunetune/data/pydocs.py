@@ -100,13 +100,14 @@ def _worth_asking(text: str) -> bool:
     plain = sum(character.isascii() for character in text) >= 0.98 * len(text)
     letters = sum(character.isalpha() or character == " " for character in text) >= 0.75 * len(text)
     prose = text.count("`") % 2 == 0 and text.count("=") < 3 and not text.endswith(",.")
-    return len(words) >= 5 and plain and letters and prose and not _USELESS.match(text)
+    starts = text[:1].isupper() or text[:1] == "`"
+    return len(words) >= 4 and starts and plain and letters and prose and not _USELESS.match(text)
 
 
 def questions(entry: Entry, prose: list[str]) -> Iterator[Question]:
     """The rows about one entry; which wordings are used depends on its name alone."""
     answer = docstrings.shorten(" ".join(prose), ANSWER_CHARACTERS)
-    if not answer:
+    if not _worth_asking(answer):
         return
     pick = int(content_key("wording", entry.name)[:8], 16)
     yield Question(_what(entry, pick), answer, entry.top)
@@ -116,10 +117,10 @@ def questions(entry: Entry, prose: list[str]) -> Iterator[Question]:
         task = _task(first)
         if task and pick % 3 != 0:
             about = f" with `{entry.top}`" if entry.top != "builtins" else " in Python"
-            yield Question(f"How do I {task}{about}?", " ".join([f"Use {call}.", *rest]), entry.top)
+            yield Question(f"How do I {task}{about}?", _joined(f"Use {call}.", " ".join(rest)), entry.top)
         elif entry.signature != "()":
             wording = ("What is the signature of `{}`?", "Which arguments does `{}` take?")[pick % 2]
-            yield Question(wording.format(entry.name), f"{call}. {first}", entry.top)
+            yield Question(wording.format(entry.name), _joined(f"{call}.", first), entry.top)
     elif entry.kind == "class" and len(entry.members) >= 3:
         listed = ", ".join(f"`{name}`" for name in entry.members[:8])
         more = f"{len(entry.members)} public methods, among them " if len(entry.members) > 8 else "the methods "
@@ -128,6 +129,11 @@ def questions(entry: Entry, prose: list[str]) -> Iterator[Question]:
         listed = ", ".join(f"`{name}`" for name in entry.members[:8])
         more = "Among others " if len(entry.members) > 8 else ""
         yield Question(f"What does the module `{entry.name}` offer?", f"{more}{listed}. {first}", entry.top)
+
+
+def _joined(call: str, text: str) -> str:
+    """A call and as many sentences about it as an answer may have."""
+    return f"{call} {docstrings.shorten(text, ANSWER_CHARACTERS - len(call) - 1)}".strip()
 
 
 def _what(entry: Entry, pick: int) -> str:
@@ -163,28 +169,32 @@ def _task(sentence: str) -> str | None:
 
 
 @cache
-def load(validation_fraction: float = 0.05, validation_rows: int = 400) -> PyDocs:
+def _all_questions() -> tuple[tuple[Question, ...], frozenset[str]]:
+    """Every row, in an order that only depends on what is asked, and the standard modules it came from."""
+    found = [*entries()]
+    standard = frozenset(entry.top for entry, is_standard in found if is_standard)
+    rows: dict[str, Question] = {}
+    for _, group in sorted(_usable(found).items()):
+        for entry, prose in group:
+            for question in questions(entry, prose):
+                rows.setdefault(question.prompt, question)
+    return tuple(sorted(rows.values(), key=lambda row: content_key(row.prompt))), standard
+
+
+def load(validation_fraction: float = 0.05) -> PyDocs:
     """All rows, split so that validation asks about top-level modules that training never mentions.
 
     Args:
         validation_fraction: share of the rows to hold out, in [0, 1].
-        validation_rows: at most so many.
     """
-    found = [*entries()]
-    standard = {entry.top for entry, is_standard in found if is_standard}
-    groups = _usable(found)
-    rows: dict[str, Question] = {}
-    for top in sorted(groups):
-        for entry, prose in groups[top]:
-            for question in questions(entry, prose):
-                rows.setdefault(question.prompt, question)
-    ordered = sorted(rows.values(), key=lambda row: content_key(row.prompt))
-    wanted = min(validation_rows, round(validation_fraction * len(ordered)))
-    held = hold_out([row.top for row in ordered], wanted, largest=1 / 6)
+    rows, standard = _all_questions()
+    wanted = max(1, round(validation_fraction * len(rows)))
+    held = hold_out([row.top for row in rows], wanted, largest=1 / 6)
+    tops = {row.top for row in rows}
     return PyDocs(
-        train=tuple(row for row in ordered if row.top not in held),
-        validation=tuple(row for row in ordered if row.top in held),
-        standard_modules=len(standard & groups.keys()),
-        packages=len(groups.keys() - standard),
+        train=tuple(row for row in rows if row.top not in held),
+        validation=tuple(row for row in rows if row.top in held),
+        standard_modules=len(standard & tops),
+        packages=len(tops - standard),
         held_out=tuple(sorted(map(str, held))),
     )

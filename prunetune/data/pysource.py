@@ -39,7 +39,7 @@ SKIPPED_PACKAGES = frozenset({"prunetune", "pip", "setuptools", "pkg_resources",
 STDLIB_FILES = 8
 PACKAGE_FILES = 4
 BYTES_PER_FILE = 250_000
-MAX_SIGNATURE = 150
+MAX_SIGNATURE = 200
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def _exports(tree: ast.Module, package: str) -> dict[str, str]:
 def read_package(top: str, files: Iterable[tuple[str, Path]]) -> Iterator[Entry]:
     """Entries of one top-level module; a re-exported name is called by its short, public name."""
     exports: dict[str, str] = {}
+    owner = _spoken(top).split(".")[0]
     for module, path in files:
         tree = _parse(path)
         if module == top:
@@ -134,14 +135,14 @@ def read_package(top: str, files: Iterable[tuple[str, Path]]) -> Iterator[Entry]
         doc = ast.get_docstring(tree)
         hidden = any(part.startswith("_") for part in module.split("."))
         if doc and not hidden:
-            yield Entry(_spoken(module), "module", top, None, doc, tuple(public))
+            yield Entry(_spoken(module), "module", owner, None, doc, tuple(public))
         for node in tree.body:
             name = getattr(node, "name", None)
             if name not in public:
                 continue
             short = exports.get(name) == module or f"*{module}" in exports
             if short or not hidden:
-                yield from _read_node(node, _spoken(top if short else module), top)
+                yield from _read_node(node, _spoken(top if short else module), owner)
 
 
 def _spoken(module: str) -> str:
@@ -220,7 +221,8 @@ def read_c_module(name: str) -> Iterator[Entry]:
     prefix = "" if name == "builtins" else f"{name}."
     for attribute in sorted(vars(module)):
         value = getattr(module, attribute)
-        if attribute.startswith("_") or not _is_c(value, module):
+        # Hooks are there to be replaced: what they say depends on who runs us.
+        if attribute.startswith("_") or attribute.endswith("hook") or not _is_c(value, module):
             continue
         doc = inspect.getdoc(value)
         if doc and not (isinstance(value, type) and issubclass(value, BaseException)):

@@ -32,7 +32,7 @@ def hold_out(groups: Sequence[Hashable], wanted: int, *, largest: float = 1.0) -
         largest: a group with more than this share of ``wanted`` rows is never held out.
 
     Returns:
-        The groups; empty if no group is small enough.
+        The groups. If none is small enough, the smallest one, unless it has most of the rows: then nothing.
     """
     sizes = Counter(groups)
     chosen: set[Hashable] = set()
@@ -41,6 +41,10 @@ def hold_out(groups: Sequence[Hashable], wanted: int, *, largest: float = 1.0) -
         if sizes[group] <= largest * wanted and rows + sizes[group] <= wanted and len(chosen) + 1 < len(sizes):
             chosen.add(group)
             rows += sizes[group]
+    if not chosen and sizes:
+        smallest = min(sizes, key=lambda group: (sizes[group], content_key("held out", group)))
+        if 2 * sizes[smallest] <= len(groups):
+            chosen.add(smallest)
     return chosen
 
 
