@@ -1,0 +1,5 @@
+"""The invariance tests compare runs to the bit, so they run in one thread like the training tests."""
+
+from tests.train.conftest import one_thread, quick_collections
+
+__all__ = ["one_thread", "quick_collections"]
