@@ -27,8 +27,8 @@ class _Commands(TyperGroup):
         except PrunetuneError as error:
             _complain(str(error))
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-        except KeyboardInterrupt:
-            _complain("interrupted")
+        except KeyboardInterrupt as stop:
+            _complain(str(stop) or "interrupted")
             raise typer.Exit(130) from None
 
 

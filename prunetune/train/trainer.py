@@ -174,7 +174,8 @@ class JointTrainer(SFTTrainer):
         if self._stopped_early:
             raise KeyboardInterrupt(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps}; everything is saved in "
-                f"{self.args.output_dir}. Resume with resume_from_checkpoint=True"
+                f"{self.args.output_dir}. Go on with `prunetune train ... --resume`, or in Python with "
+                "trainer.train(resume_from_checkpoint=True)"
             )
         result = joined(results)
         if "train_runtime" in result.metrics:
