@@ -70,7 +70,7 @@ def describe(config: Any) -> Architecture:
     family = family_of(model_type)
     hidden = _width(raw, model_type, "hidden_size")
     heads = _width(raw, model_type, "num_attention_heads")
-    groups = int(raw.get("num_key_value_heads") or heads)
+    groups = _or_default(raw, family, "num_key_value_heads", heads)
     if heads % groups:
         raise UnsupportedModelError(
             f"{model_type}: {heads} query heads cannot be shared out over {groups} KV heads; check config.json"
@@ -82,7 +82,7 @@ def describe(config: Any) -> Architecture:
         layers=_width(raw, model_type, "num_hidden_layers"),
         query_heads=heads,
         kv_groups=groups,
-        head_dim=int(raw.get("head_dim") or hidden // heads),
+        head_dim=_or_default(raw, family, "head_dim", hidden // heads),
         mlp_channels=_width(raw, model_type, "intermediate_size"),
         vocab_size=_width(raw, model_type, "vocab_size"),
         tied_embeddings=bool(raw.get("tie_word_embeddings", _tied_by_default(model_type))),
@@ -100,6 +100,11 @@ def _width(raw: dict[str, Any], model_type: str, key: str) -> int:
             "(a width per layer is not supported as a starting point)"
         )
     return value
+
+
+def _or_default(raw: dict[str, Any], family: Family, key: str, derived: int) -> int:
+    # A key that is left out means the class's default; null means the value derived from the others.
+    return int(raw[key] or derived) if key in raw else family.defaults.get(key, derived)
 
 
 def _flag(raw: dict[str, Any], rule: str | bool) -> bool:

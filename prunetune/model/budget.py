@@ -33,7 +33,8 @@ class Shape:
         return self.kv_groups * self.queries_per_group
 
     def __str__(self) -> str:
-        return f"{self.layers} layers x ({self.query_heads} query heads in {self.kv_groups} KV groups, MLP {self.mlp_channels})"
+        heads = f"{self.query_heads} query heads in {self.kv_groups} KV groups"
+        return f"{self.layers} layers x ({heads}, MLP {self.mlp_channels})"
 
 
 def full_shape(arch: Architecture) -> Shape:
@@ -124,16 +125,16 @@ class Budget:
         """
         full = full_shape(arch)
         if target.kept is not None:
-            return cls("decoder", int(target.kept * decoder_params(arch, full)), dtype)
+            # 0.41 * 75000 is 30749.999...: rounding first keeps a whole number from losing an alignment step.
+            return cls("decoder", int(round(target.kept * decoder_params(arch, full), 2)), dtype)
         metric: Metric = "total" if target.params is not None else "bytes"
         limit = target.params if target.params is not None else target.size
         assert limit is not None
         budget = cls(metric, limit, dtype)
         if limit > budget.cost(arch, full):
-            shown = _show(metric, budget.cost(arch, full))
+            shown, field = _show(metric, budget.cost(arch, full)), "params" if metric == "total" else "size"
             raise BudgetError(
-                f"target.{'params' if metric == 'total' else 'size'} is {_show(metric, limit)}, but the whole model has "
-                f"only {shown}; set less than {shown}"
+                f"target.{field} is {_show(metric, limit)}, but the whole model has only {shown}; set less than {shown}"
             )
         return budget
 

@@ -5,7 +5,7 @@ Shapes: D hidden, F MLP width, H query heads, K KV heads, G = H/K queries per KV
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -51,6 +51,8 @@ class Family:
         units: kind -> what one unit owns.
         per_layer_lists: config fields with one entry a layer; they are cut when layers leave.
         attention_bias: config field that adds biases to q, k, v (and o, if ``bias_on_o``); a bool is constant.
+        defaults: what the config class takes for ``head_dim`` and ``num_key_value_heads`` where config.json leaves
+            them out, if that is a number of its own and not derived from the other widths.
     """
 
     ROLES: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")
@@ -66,6 +68,7 @@ class Family:
     norms_per_layer: int
     qk_norm: bool
     per_layer_lists: tuple[str, ...] = ()
+    defaults: dict[str, int] = field(default_factory=dict)
 
 
 def gated_decoder(
@@ -79,6 +82,7 @@ def gated_decoder(
     norms_per_layer: int = 2,
     qk_norm: bool = False,
     per_layer_lists: tuple[str, ...] = (),
+    defaults: dict[str, int] | None = None,
 ) -> Family:
     """The common shape: grouped-query attention and a gated MLP, each behind a norm and a residual add."""
     return Family(
@@ -106,4 +110,5 @@ def gated_decoder(
         norms_per_layer=norms_per_layer,
         qk_norm=qk_norm,
         per_layer_lists=per_layer_lists,
+        defaults=defaults or {},
     )

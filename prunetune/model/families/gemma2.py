@@ -15,5 +15,6 @@ FAMILIES.register("gemma2")(
         writers=AFTER_NORM,
         norms_per_layer=4,
         per_layer_lists=("layer_types",),
+        defaults={"head_dim": 256, "num_key_value_heads": 4},
     )
 )

@@ -14,5 +14,6 @@ FAMILIES.register("gemma3")(
         norms_per_layer=4,
         qk_norm=True,
         per_layer_lists=("layer_types",),
+        defaults={"head_dim": 256, "num_key_value_heads": 4},
     )
 )

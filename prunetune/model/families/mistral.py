@@ -3,4 +3,4 @@
 from prunetune.model.families import FAMILIES
 from prunetune.model.families._table import gated_decoder
 
-FAMILIES.register("mistral")(gated_decoder("mistral", ("mistral",)))
+FAMILIES.register("mistral")(gated_decoder("mistral", ("mistral",), defaults={"num_key_value_heads": 8}))

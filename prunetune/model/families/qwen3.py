@@ -11,5 +11,6 @@ FAMILIES.register("qwen3")(
         bias_on_o=True,
         qk_norm=True,
         per_layer_lists=("layer_types",),
+        defaults={"head_dim": 128, "num_key_value_heads": 32},
     )
 )
