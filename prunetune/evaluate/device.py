@@ -33,6 +33,4 @@ def _cpu_flags() -> set[str]:
     if not info.exists():
         return set()
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next(
-        (set(line.split()) for line in lines if line.lower().startswith(("flags", "features"))), set()
-    )
+    return next((set(line.split()) for line in lines if line.lower().startswith(("flags", "features"))), set())

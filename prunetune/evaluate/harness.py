@@ -138,17 +138,14 @@ def save_evaluation(path: Path, results: list[EvalResult], settings: EvalSetting
         {
             "settings": asdict(settings.resolved()),
             "results": [
-                {"label": result.label, "folder": str(result.folder), "numbers": result.numbers}
-                for result in results
+                {"label": result.label, "folder": str(result.folder), "numbers": result.numbers} for result in results
             ],
         },
     )
 
 
 def _load(folder: Path, settings: EvalSettings) -> tuple[Any, Any]:
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, settings.dtype), local_files_only=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype), local_files_only=True)
     return model.to(settings.device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -198,9 +195,7 @@ def _quality(
 
 
 def _speeds(models: Mapping[str, Any], settings: EvalSettings) -> dict[str, dict[str, float]]:
-    note(
-        f"speed: {settings.repeats} turns of each model at batch 1 and 8, {settings.dtype}, {settings.device}"
-    )
+    note(f"speed: {settings.repeats} turns of each model at batch 1 and 8, {settings.dtype}, {settings.device}")
     speeds = compare_speed(
         models,
         prompt_tokens=settings.prompt_tokens,

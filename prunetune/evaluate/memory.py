@@ -41,9 +41,7 @@ def peak_memory(folder: Path, dtype: str, device: str = "cpu", prompt_tokens: in
         check=False,
     )
     if done.returncode != 0:
-        last_words = (done.stderr.strip().splitlines() or ["it was killed, most likely for lack of memory"])[
-            -1
-        ]
+        last_words = (done.stderr.strip().splitlines() or ["it was killed, most likely for lack of memory"])[-1]
         raise PrunetuneError(
             f"measuring the peak memory of {folder} failed with exit status {done.returncode}: {last_words}. "
             "Set evaluate.speed=false to leave speed and memory out."

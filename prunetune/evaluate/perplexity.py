@@ -57,9 +57,7 @@ def domain_perplexity(
     Raises:
         DataError: no row, an unknown layout, or no target token left.
     """
-    encoded = token_rows(
-        tokenizer, rows, max_length, completion_only=completion_only, assistant_only=assistant_only
-    )
+    encoded = token_rows(tokenizer, rows, max_length, completion_only=completion_only, assistant_only=assistant_only)
     # Rows of like length share a batch, so that little is padded.
     return _perplexity(model, sorted(encoded, key=lambda row: -len(row.input_ids)), batch_size)
 

@@ -59,9 +59,7 @@ def token_rows(
     found = []
     for number, row in enumerate(rows, start=1):
         ids, is_completion, is_assistant = _encode(tokenizer, row, number, template, assistant_only)
-        used = [
-            bits for bits in (is_completion if completion_only else None, is_assistant) if bits is not None
-        ]
+        used = [bits for bits in (is_completion if completion_only else None, is_assistant) if bits is not None]
         labels = [ids[i] if all(bits[i] for bits in used) else IGNORED_LABEL for i in range(len(ids))]
         if any(label != IGNORED_LABEL for label in labels[:max_length]):
             found.append(TokenRow(ids[:max_length], labels[:max_length]))
@@ -97,9 +95,7 @@ def _encode(
         start = _common_length(prompt["input_ids"], ids)
         return ids, [0] * start + [1] * (len(ids) - start), _assistant_mask(whole, number)
     if "messages" in row:
-        whole = tokenizer.apply_chat_template(
-            row["messages"], return_assistant_tokens_mask=assistant_only, **chat
-        )
+        whole = tokenizer.apply_chat_template(row["messages"], return_assistant_tokens_mask=assistant_only, **chat)
         return list(whole["input_ids"]), None, _assistant_mask(whole, number)
     if "text" in row:
         return list(tokenizer(text=_closed(row["text"], tokenizer.eos_token))["input_ids"]), None, None

@@ -74,9 +74,7 @@ def compare_speed(
     labels = list(models)
     rates: dict[str, dict[str, list[float]]] = {label: {} for label in labels}
     for batch_size in batch_sizes:
-        prompts = {
-            label: _prompt(models[label], batch_size, prompt_tokens, models.values()) for label in labels
-        }
+        prompts = {label: _prompt(models[label], batch_size, prompt_tokens, models.values()) for label in labels}
         for label in labels:
             _time_once(models[label], prompts[label], min(2, new_tokens))
         for turn in range(repeats):
@@ -91,8 +89,7 @@ def compare_speed(
 
 def _summary(mine: dict[str, list[float]], first: dict[str, list[float]]) -> Speed:
     ratios = {
-        name: Spread.of([a / b for a, b in zip(values, first[name], strict=True)])
-        for name, values in mine.items()
+        name: Spread.of([a / b for a, b in zip(values, first[name], strict=True)]) for name, values in mine.items()
     }
     return Speed({name: Spread.of(values) for name, values in mine.items()}, ratios)
 

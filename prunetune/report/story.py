@@ -152,7 +152,8 @@ def how_measured(settings: dict[str, Any]) -> str:
         f"{settings.get('window')} tokens of general text. Speed: prompts of {settings.get('prompt_tokens')} "
         f"tokens, {settings.get('new_tokens')} new ones, median of {settings.get('repeats')} turns in which the "
         "models alternate; in brackets the quartiles of the per-turn ratios. Peak memory: a fresh process that "
-        "loads the model and reads one prompt, libraries included."
+        "loads the folder as it is (weights stored in another dtype cost extra while loading) and reads one "
+        "prompt, libraries included."
     )
 
 

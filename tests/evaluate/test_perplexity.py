@@ -27,10 +27,7 @@ def rows_of(form, sentences):
             for q, a in pairs
         ]
     if form == "messages":
-        return [
-            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-            for q, a in pairs
-        ]
+        return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
     return [{"text": f"{q} {a}"} for q, a in pairs]
 
 
@@ -107,9 +104,7 @@ def test_batch_size_and_order_change_nothing(model, tokenizer, sentences):
 
 def test_rows_cut_down_to_their_prompt_are_left_out(model, tokenizer):
     rows = [{"prompt": "long " * 40, "completion": "gone"}, {"prompt": "a", "completion": "bc"}]
-    assert (
-        domain_perplexity(model, tokenizer, rows, max_length=16).tokens == len(tokenizer("bc").input_ids) + 1
-    )
+    assert domain_perplexity(model, tokenizer, rows, max_length=16).tokens == len(tokenizer("bc").input_ids) + 1
     with pytest.raises(DataError, match="raise max_length"):
         domain_perplexity(model, tokenizer, rows[:1], max_length=16)
 
