@@ -113,7 +113,7 @@ class Planner:
             kept[LAYERS_SITE] = layers
         for layer in layers:
             if shape.kv_groups < full.kv_groups:
-                kept[site_name(layer, "kv_groups")] = table.best_groups(layer, shape.kv_groups)
+                kept[site_name(layer, "kv_groups")] = table.best_groups(layer, shape)
             if shape.queries_per_group < full.queries_per_group:
                 kept[site_name(layer, "query_heads")] = table.best_heads(layer, shape)
             if shape.mlp_channels < full.mlp_channels:
@@ -194,36 +194,40 @@ class _Scores:
     def _layered(self, kind: str, size: int) -> list[Vector]:
         return [self._vector(site_name(layer, kind), size) for layer in range(self.arch.layers)]
 
-    def best_groups(self, layer: int, count: int) -> tuple[int, ...]:
-        return _top(self.kv[layer], count)
+    def _lost_within(self, layer: int, queries: int) -> Vector:
+        """(K,): score of the heads that leave each group, were the group to stay."""
+        heads = np.sort(self.heads[layer].reshape(self.arch.kv_groups, -1), axis=1)
+        lost: Vector = heads[:, : self.arch.queries_per_group - queries].sum(axis=1)
+        return lost
+
+    def best_groups(self, layer: int, shape: Shape) -> tuple[int, ...]:
+        """Groups whose removal would cost the most beyond what narrowing them costs anyway."""
+        return _top(self.kv[layer] - self._lost_within(layer, shape.queries_per_group), shape.kv_groups)
 
     def best_heads(self, layer: int, shape: Shape) -> tuple[int, ...]:
         """The best heads of each group that stays; of groups that leave, none."""
         size = self.arch.queries_per_group
         return tuple(
             group * size + head
-            for group in self.best_groups(layer, shape.kv_groups)
+            for group in self.best_groups(layer, shape)
             for head in _top(self.heads[layer][group * size : (group + 1) * size], shape.queries_per_group)
         )
 
-    def _lost_in_attention(self, groups: int, queries: int) -> Vector:
+    def _lost_in_attention(self, shape: Shape) -> Vector:
         """(L,): score of the groups and, within the groups that stay, of the heads that leave."""
-        key = (groups, queries)
+        key = (shape.kv_groups, shape.queries_per_group)
         if key not in self._attention_lost:
-            size, lost = self.arch.queries_per_group, np.zeros(self.arch.layers)
+            lost = np.zeros(self.arch.layers)
             for layer in range(self.arch.layers):
-                stays = self.best_groups(layer, groups)
-                lost[layer] = self.kv[layer].sum() - self.kv[layer][list(stays)].sum()
-                if queries < size:
-                    for group in stays:
-                        sums = _kept_sums(self.heads[layer][group * size : (group + 1) * size])
-                        lost[layer] += sums[-1] - sums[queries]
+                stays = list(self.best_groups(layer, shape))
+                within = self._lost_within(layer, shape.queries_per_group)[stays].sum()
+                lost[layer] = self.kv[layer].sum() - self.kv[layer][stays].sum() + within
             self._attention_lost[key] = lost
         return self._attention_lost[key]
 
     def _lost_by_layer(self, shape: Shape) -> Vector:
         mlp = self._mlp_sums[:, -1] - self._mlp_sums[:, shape.mlp_channels]
-        return mlp + self._lost_in_attention(shape.kv_groups, shape.queries_per_group)
+        return mlp + self._lost_in_attention(shape)
 
     def best_layers(self, shape: Shape) -> tuple[int, ...]:
         """Layers whose removal would cost the most beyond what narrowing them costs anyway."""
