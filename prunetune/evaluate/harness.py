@@ -208,7 +208,7 @@ def _speeds(models: Mapping[str, Any], settings: EvalSettings) -> dict[str, dict
 def _flat(speed: Speed) -> dict[str, float]:
     named = dict(speed.tokens_per_second)
     named |= {name.replace("_tps_", "_speedup_"): spread for name, spread in speed.ratios.items()}
-    found = {}
+    found: dict[str, float] = {}
     for name, spread in named.items():
         found |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
     return found
