@@ -102,8 +102,10 @@ def stepper(kind: str, options: argparse.Namespace) -> Callable[[], float]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    step.flops = flops_per_token(trainer.dense, trainer.shape, options.length // 2)  # type: ignore[attr-defined]
-    step.dense_flops = flops_per_token(trainer.dense, full_shape(trainer.dense), options.length // 2)  # type: ignore[attr-defined]
+    if kind == "recover":
+        shapes = trainer.shape, full_shape(trainer.dense)
+        small, dense = (flops_per_token(trainer.dense, shape, options.length // 2) for shape in shapes)
+        step.flop_share = small / dense  # type: ignore[attr-defined]
     return step
 
 
@@ -148,7 +150,7 @@ def measure_times(options: argparse.Namespace) -> tuple[dict[str, list[float]], 
         for kind, step in steppers.items():
             times[kind].append(step())
     recover: Any = steppers["recover"]
-    return times, recover.flops / recover.dense_flops
+    return times, recover.flop_share
 
 
 def measure_memory(kind: str, options: argparse.Namespace) -> int:
