@@ -23,7 +23,7 @@ class SecondMoments:
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str]):
-        self._modules = {path: model.get_submodule(path) for path in modules}
+        self.modules = {path: model.get_submodule(path) for path in modules}
         self._mask_BS: Tensor | None = None
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
@@ -31,7 +31,7 @@ class SecondMoments:
     def run(self, forward: Callable[[Any], Any], batches: Sequence[dict[str, Tensor]]) -> None:
         """Runs ``forward`` on every batch and adds up; ``attention_mask`` says which tokens count."""
         handles = [
-            module.register_forward_pre_hook(self._hook(path), prepend=True) for path, module in self._modules.items()
+            module.register_forward_pre_hook(self._hook(path), prepend=True) for path, module in self.modules.items()
         ]
         try:
             with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunetune.core.streams import stream
@@ -42,5 +43,8 @@ def collect_moments(trainer: Any, moments: SecondMoments, batches: Iterable[dict
             return decoder(**inputs, use_cache=False)
 
     moments.run(forward, list(batches))
-    for path, total in moments.sums.items():
-        moments.sums[path] = accelerator.reduce(total, "sum")
+    for path in moments.modules:
+        # A process that had no batch of its own still takes part, with nothing.
+        features = base_model(trainer.model).get_submodule(path).in_features
+        nothing = torch.zeros(features, features, device=accelerator.device)
+        moments.sums[path] = accelerator.reduce(moments.sums.get(path, nothing), "sum")

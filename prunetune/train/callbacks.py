@@ -47,6 +47,10 @@ class JointCallback(TrainerCallback):
             # What is averaged since the last log is not in a checkpoint, so a checkpoint always comes with a log.
             control.should_log = True
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            control.should_log = True
+
 
 class MetricsFile(TrainerCallback):
     """``metrics.jsonl``: one JSON object a log, across the freeze and across resumptions."""
@@ -59,8 +63,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last, self._last_step = time.monotonic(), state.global_step
         if is_main_process() and self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= state.global_step]
-            write_text(self._path, "".join(f"{line}\n" for line in kept if line))
+            write_text(self._path, "".join(f"{line}\n" for line in _until(self._path, state.global_step)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not is_main_process():
@@ -75,12 +78,20 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(entry) + "\n")
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        # A line cut short by a crash belongs to no step.
-        return float("inf")
+def _until(path: Path, step: int) -> list[str]:
+    """The lines of up to ``step`` steps; of what was logged twice (a crash in the freeze), the later one."""
+    kept: dict[Any, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            # Preparing the model takes time only in the first evaluation of a process.
+            key = (float(entry["step"]), frozenset(name for name in entry if not name.endswith("_time")))
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short by a crash
+        if key[0] <= step:
+            kept.pop(key, None)
+            kept[key] = line
+    return list(kept.values())
 
 
 class ProgressBar(TrainerCallback):
@@ -111,10 +122,12 @@ class ProgressBar(TrainerCallback):
         if logs and "loss" in logs:
             self._loss = f"loss {logs['loss']:.3f} "
             self._update(state)
-            if self._bar is not None and not console().is_terminal:
-                # A log file gets a line now and then instead of a bar that redraws itself.
-                if state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
-                    console().print(f"step {state.global_step}/{state.max_steps}  {self._shown()}")
+            now_and_then = state.global_step % max(1, state.max_steps // 10) == 0
+            # A log file gets a line now and then instead of a bar that redraws itself.
+            if self._bar is not None and not console().is_terminal and (
+                now_and_then or state.global_step == state.max_steps
+            ):
+                console().print(f"step {state.global_step}/{state.max_steps}  {self._shown()}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._update(state)
@@ -143,6 +156,7 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
+        self.requested = False
         # Signals can only be handled in the main thread; elsewhere they keep their meaning.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

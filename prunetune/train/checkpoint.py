@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
 from prunetune.core.errors import DataError
 from prunetune.core.files import read_json, write_json
@@ -79,6 +80,9 @@ def find_checkpoint(resume: str | bool | None, output_dir: Path, freeze_dir: Pat
         return None
     if resume is True:
         found = newest(output_dir, freeze_dir)
+        if found is None and plain and output_dir.is_dir():
+            last = get_last_checkpoint(str(output_dir))
+            found = Path(last) if last else None
         if found is None:
             raise DataError(f"there is no complete checkpoint in {output_dir}; start without resume_from_checkpoint")
         return found

@@ -6,7 +6,7 @@ tests/upstream checks each of them, so that a new release fails there and not in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
@@ -53,6 +53,11 @@ def refusals(trainer: Any, optimizer: Any) -> list[Problem]:
         args.save_only_model,
         "save_only_model",
         "the freeze slices a checkpoint with its optimizer; set it to False",
+    )
+    refuse(
+        args.save_strategy == "best",
+        "save_strategy",
+        "the freeze slices the checkpoint of its own step, which need not be a best one; set steps, epoch or no",
     )
     refuse(args.torch_compile, "torch_compile", "compiled code keeps the dense shapes; set it to False")
     refuse(
@@ -109,16 +114,20 @@ def quiet_progress(trainer: Any) -> None:
 
 
 @contextlib.contextmanager
-def one_run(handler: CallbackHandler, *, ends: bool) -> Iterator[None]:
+def one_run(handler: CallbackHandler, is_over: Callable[[], bool]) -> Iterator[None]:
     """Lets two calls of ``Trainer.train`` look like one to trackers and other callbacks.
 
     Args:
         handler: the trainer's callback handler.
-        ends: whether ``on_train_end`` is announced in this call; it is when trackers close. ``on_train_begin`` may
-            come twice: trackers take the second for a resumption.
+        is_over: asked at the end of the call; only if so is ``on_train_end`` announced, which is when trackers close.
+            ``on_train_begin`` may come twice: trackers take the second for a resumption.
     """
-    if not ends:
-        handler.on_train_end = lambda args, state, control, **kwargs: control  # type: ignore[method-assign]
+    announce = handler.on_train_end
+
+    def on_train_end(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return announce(args, state, control, **kwargs) if is_over() else control
+
+    handler.on_train_end = on_train_end  # type: ignore[method-assign]
     try:
         yield
     finally:

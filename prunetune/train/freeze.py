@@ -99,6 +99,8 @@ def write_freeze(
     names: Sequence[Sequence[str]],
 ) -> None:
     """Writes the freeze folder in one step; see the module's docstring for what is in it."""
+    for torn in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(torn)  # a run that was killed in the middle of this
     with new_folder(target, replace=True) as folder:
         plan.save(folder / PLAN_FILE)
         save_file({name: score.contiguous() for name, score in scores.items()}, folder / SCORES_FILE)
@@ -141,7 +143,8 @@ def apply_updates(model: nn.Module, surgery: Surgery, updates: Mapping[str, Tens
         weight = (module.base_layer if hasattr(module, "base_layer") else module).weight
         if weight.shape != update.shape:
             raise PlanMismatchError(
-                f"the weights kept from the freeze do not fit {path}: {tuple(update.shape)} against {tuple(weight.shape)}"
+                f"the weights kept from the freeze do not fit {path}: {tuple(update.shape)} against "
+                f"{tuple(weight.shape)}"
             )
         weight.data.copy_(update)
 

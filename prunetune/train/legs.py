@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from transformers.trainer_utils import TrainOutput
+from collections.abc import Mapping, Sequence
 
 
-def joined(legs: Sequence[TrainOutput]) -> TrainOutput:
-    """One result: times added, losses and rates averaged over the steps of both legs."""
-    metrics = dict(legs[-1].metrics)
-    if len(legs) == 2:
-        before, after = legs
-        steps = after.global_step
-        share = before.global_step / steps
-        seconds = before.metrics["train_runtime"] + after.metrics["train_runtime"]
-        samples = sum(leg.metrics["train_samples_per_second"] * leg.metrics["train_runtime"] for leg in legs)
-        metrics |= {
+def joined(legs: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """One summary: times added, the loss averaged over the steps, rates anew.
+
+    Args:
+        legs: for every call its optimizer steps and its summary; the last one's other entries are kept.
+    """
+    if not legs:
+        return {}
+    summary = dict(legs[-1][1])
+    if len(legs) > 1:
+        steps = sum(count for count, _ in legs)
+        seconds = sum(leg["train_runtime"] for _, leg in legs)
+        samples = sum(leg["train_samples_per_second"] * leg["train_runtime"] for _, leg in legs)
+        summary |= {
             "train_runtime": seconds,
-            "train_loss": share * before.training_loss + (1 - share) * after.training_loss,
+            "train_loss": sum(count * leg["train_loss"] for count, leg in legs) / max(1, steps),
             "train_steps_per_second": steps / seconds,
             "train_samples_per_second": samples / seconds,
         }
-    return TrainOutput(legs[-1].global_step, metrics["train_loss"], metrics)
+    return summary

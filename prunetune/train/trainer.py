@@ -6,6 +6,7 @@ What the phases mean is in joint.py, the freeze in freeze.py, what is saved in c
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from prunetune.train import compat
 from prunetune.train.calibration import calibration_batches, collect_moments
 from prunetune.train.callbacks import Interruption, JointCallback, MetricsFile, ProgressBar
 from prunetune.train.checkpoint import (
+    MARKER,
     STATE_FILE,
     find_checkpoint,
     global_step,
@@ -92,15 +94,18 @@ class JointTrainer(SFTTrainer):
         super().__init__(model, args, **kwargs)
         self.prune = prune
         self.plan: Plan | None = None
-        self.dense: Architecture = describe(base_model(self.model).config)
         self._search: JointSearch | None = None
         self._resumed_from: Path | None = None
         self._optimizer_names: list[list[str]] = []
         self._not_finite: Tensor | None = None
+        self._grad_norm: Any = 0.0
+        self._legs: list[tuple[int, dict[str, float]]] = []
+        self._leg_began = 0
         self._evaluate_at_freeze = evaluate_at_freeze
         self._interruption = Interruption()
         self._stopped_early = False
         if prune is not None:
+            self.dense: Architecture = describe(base_model(self.model).config)
             self._refuse(optimizer)
             self.planner = Planner(self.dense, prune.target, dtype)
             self.compensation = build_compensation(prune.compensation.method, prune.compensation.options())
@@ -150,25 +155,26 @@ class JointTrainer(SFTTrainer):
 
         Raises:
             KeyboardInterrupt: after Ctrl-C or SIGTERM, once everything is saved.
-            DivergedError: the loss was not finite; the last checkpoint is from before.
+            DivergedError: the loss or its gradient was not finite; the last checkpoint is from before.
         """
         output_dir = Path(self.args.output_dir)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, self.freeze_dir, plain=self.prune is None)
-        results = []
+        self._legs, result = [], None
         try:
             with self._interruption:
-                if checkpoint is not None and (read_marker(checkpoint) or {}).get("frozen"):
-                    self._adopt()
+                if self.prune is not None and checkpoint is not None:
+                    self._adopt(checkpoint)
                 if self.prune is not None and self.plan is None:
                     if checkpoint is None or not self._is_due(checkpoint):
-                        results.append(self._leg(checkpoint, last=False, **kwargs))
-                        checkpoint = None if self._stopped_early else newest(output_dir, self.freeze_dir)
-                    if not self._stopped_early:
-                        assert checkpoint is not None
+                        result = self._leg(checkpoint, **kwargs)
+                        # Not the newest: a former run, or a branch of this one, may have left later ones.
+                        checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
+                    if self._freeze_is_due() and not self._stopped_early:
                         self._freeze(checkpoint)
                         checkpoint = self.freeze_dir / "checkpoint"
-                if not self._stopped_early:
-                    results.append(self._leg(checkpoint, last=True, **kwargs))
+                # A search that is still there was ended by a callback before its freeze.
+                if self._search is None and not self._stopped_early:
+                    result = self._leg(checkpoint, **kwargs)
         finally:
             self._bar.close()
         if self._stopped_early:
@@ -177,49 +183,62 @@ class JointTrainer(SFTTrainer):
                 f"{self.args.output_dir}. Go on with `prunetune train ... --resume`, or in Python with "
                 "trainer.train(resume_from_checkpoint=True)"
             )
-        result = joined(results)
-        if "train_runtime" in result.metrics:
-            super().log(dict(result.metrics))
-        return result
+        assert result is not None
+        return TrainOutput(result.global_step, result.metrics["train_loss"], result.metrics)
 
     def _is_due(self, checkpoint: Path) -> bool:
         """Whether the run was stopped between its last search step and its freeze; makes everything ready for it."""
-        state = read_json(checkpoint / STATE_FILE)
         assert self.prune is not None
-        if state["global_step"] < phase_steps(self.prune.phases, state["max_steps"]).freeze:
+        state = read_json(checkpoint / STATE_FILE)
+        if state["global_step"] < phase_steps(self.prune.phases, self._total_steps(state)).freeze:
             return False
-        self._load_from_checkpoint(str(checkpoint))
-        self.state.max_steps = state["max_steps"]
-        self._resumed_from = checkpoint
+        self._take_up(checkpoint)
         self.begin_leg(self.state)
         return True
 
-    def _leg(self, checkpoint: Path | None, *, last: bool, **kwargs: Any) -> TrainOutput:
-        self._resumed_from = checkpoint
-        if checkpoint is not None and self._is_finished(checkpoint):
-            return self._finished(checkpoint)
-        if checkpoint is not None:
-            self._total_train_tokens = (read_marker(checkpoint) or {}).get("train_tokens", 0)
-        with compat.one_run(self.callback_handler, ends=last):
-            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+    def _freeze_is_due(self) -> bool:
+        return self._search is not None and self.state.global_step >= self._search.phases.freeze
 
-    @staticmethod
-    def _is_finished(checkpoint: Path) -> bool:
-        state = read_json(checkpoint / STATE_FILE)
-        return bool(state["global_step"] >= state["max_steps"])
+    def _total_steps(self, state: Mapping[str, Any]) -> int:
+        """Steps of the whole run: as the checkpoint says, unless this run was set to more or fewer."""
+        return self.args.max_steps if self.args.max_steps > 0 else int(state["max_steps"])
+
+    def _take_up(self, checkpoint: Path) -> None:
+        """Adapters, step count and token count as a checkpoint has them, for what happens outside a leg."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self.state.max_steps = self._total_steps({"max_steps": self.state.max_steps})
+        self._resumed_from = checkpoint
+        self._total_train_tokens = (read_marker(checkpoint) or {}).get("train_tokens", 0)
+
+    def _leg(self, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
+        self._resumed_from, self._leg_began = checkpoint, 0
+        if checkpoint is not None:
+            state = read_json(checkpoint / STATE_FILE)
+            self._leg_began = state["global_step"]
+            if self._leg_began >= self._total_steps(state):
+                return self._finished(checkpoint)
+            self._total_train_tokens = (read_marker(checkpoint) or {}).get("train_tokens", 0)
+        with compat.one_run(self.callback_handler, lambda: self._stopped_early or not self._freeze_is_due()):
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
 
     def _finished(self, checkpoint: Path) -> TrainOutput:
         """The state after the last step, without training: Trainer would take one step too many."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self._take_up(checkpoint)
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        loss = sum(losses) / max(1, len(losses))
-        return TrainOutput(self.state.global_step, loss, {"train_loss": loss})
+        metrics = joined(self._legs) or {"train_loss": sum(losses) / max(1, len(losses))}
+        if self._legs:
+            super().log(metrics)
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in SFTTrainer; a leg's own summary is held back, the whole run's is logged at the end."""
-        if "train_runtime" in logs and self.prune is not None:
-            return
+        """As in SFTTrainer; a leg's own summary is held back, the last leg's becomes that of the whole run."""
+        if "train_runtime" in logs:
+            self._legs.append((self.state.global_step - self._leg_began, dict(logs)))
+            if self._stopped_early or self._freeze_is_due():
+                return
+            logs.update(joined(self._legs))
         kept = self.facts().get("kept_fraction")
         if kept is not None:
             logs["kept_fraction"] = kept
@@ -273,15 +292,24 @@ class JointTrainer(SFTTrainer):
             self._not_finite = bad if self._not_finite is None else self._not_finite | bad
         return result
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As in Trainer; remembered, because a finite loss can have a gradient that is not."""
+        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._grad_norm
+
     def _check_finite(self, step: int) -> None:
         bad, self._not_finite = self._not_finite, None
-        if not self._any_process(bad is not None and bool(bad)):
+        what = "loss" if bad is not None and bool(bad) else ""
+        # A gradient scaler looks for infinite gradients by itself, and leaves such a step out.
+        if not what and self.accelerator.scaler is None and not math.isfinite(self._grad_norm):
+            what = "loss's gradient"
+        if not self._any_process(bool(what)):
             return
         last = newest(Path(self.args.output_dir), self.freeze_dir)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         raise DivergedError(
-            f"the loss became NaN or infinite in step {step + 1}; nothing was updated with it, and {kept}. Set a lower "
-            "learning rate, a longer warm-up, or max_grad_norm, and check the rows of this step."
+            f"the {what or 'loss'} became NaN or infinite in step {step + 1}; nothing was updated with it, and {kept}. "
+            "Set a lower learning rate, a longer warm-up, or max_grad_norm, and check the rows of this step."
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -292,15 +320,32 @@ class JointTrainer(SFTTrainer):
 
     # ---- the freeze
 
-    def _adopt(self) -> None:
-        if self.plan is not None:
+    def _adopt(self, checkpoint: Path) -> None:
+        """Brings the live model into the shape that a checkpoint has."""
+        marker = read_marker(checkpoint) or {}
+        if not marker.get("frozen"):
+            if self.plan is not None:
+                raise PlanMismatchError(
+                    f"{checkpoint} is from before the freeze, but this model is sliced already; make a new trainer "
+                    "with the dense model to go back to it"
+                )
             return
-        if not self.freeze_dir.is_dir():
+        if self.plan is None and not self.freeze_dir.is_dir():
             raise PlanMismatchError(
                 f"the checkpoint is from after the freeze, but {self.freeze_dir} is missing; resume from a checkpoint "
                 "from before it, or restore the folder"
             )
-        self.plan = adopt_freeze(self.model, self.freeze_dir)
+        if self.plan is None:
+            self.plan = adopt_freeze(self.model, self.freeze_dir)
+        if marker["plan"] != self.plan.digest():
+            raise PlanMismatchError(
+                f"{checkpoint} follows another plan than the one in {self.freeze_dir}; the folder holds more than one "
+                "run. Resume from a checkpoint of the run that made the freeze, or from one before it"
+            )
+        if checkpoint.resolve() == (self.freeze_dir / "checkpoint").resolve():
+            # The run may have ended before this was logged; a second time is told apart in the metrics file.
+            self._take_up(checkpoint)
+            self._validate("eval_after_cut")
 
     def _freeze(self, checkpoint: Path) -> None:
         """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""
@@ -406,9 +451,12 @@ class JointTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As in Trainer, plus the mask's state and a marker; older checkpoints go only once this one is whole."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # A folder of that name from before must not pass for whole while it is written over.
+            (folder / MARKER).unlink(missing_ok=True)
         with self._no_rotation() as limit:
             super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
@@ -416,7 +464,8 @@ class JointTrainer(SFTTrainer):
             save_mask(folder, self._search.mask.state_dict())
         frozen = {"frozen": self.plan is not None, "plan": self.plan.digest() if self.plan else None}
         write_marker(folder, {**frozen, "train_tokens": self._total_train_tokens})
-        compat.rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
+        best = self.state.best_model_checkpoint
+        compat.rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
 
     @contextlib.contextmanager
     def _no_rotation(self) -> Iterator[int | None]:

@@ -66,7 +66,7 @@ def rows(number: int = ROWS, seed: int = 0) -> Dataset:
 def joint_trainer(
     out: Path,
     *,
-    prune: PruneConfig | None | str = "default",
+    prune: PruneConfig | str | None = "default",
     model: Any = None,
     peft_config: Any = "default",
     train_dataset: Any = None,
@@ -107,7 +107,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 def timeless(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without times, and without the summary, whose loss and FLOPs count only the steps of the last call."""
     return [
-        {key: value for key, value in entry.items() if not any(t in key for t in ("second", "runtime", "per_second"))}
+        {key: value for key, value in entry.items() if not any(t in key for t in ("second", "runtime", "_time"))}
         for entry in entries
         if "train_runtime" not in entry
     ]
