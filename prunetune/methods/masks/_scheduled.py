@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.methods.masks import Mask, MaskContext
+from prunetune.methods.masks import Mask, MaskContext, finite
 from prunetune.methods.options import Options
 from prunetune.model.gates import GateStatistics
 
@@ -43,29 +44,35 @@ class ScheduledMask(Mask):
 
     def way(self, step: int) -> float:
         """How far from dense (0) to the budget (1) the gates should be heading at this step."""
-        start, freeze = self.context.phases.warmup_end, self.context.phases.freeze
+        start = self.context.phases.warmup_end
         if step < start:
             return 0.0
-        ramp = max(1.0, self.options.ramp_share * (freeze - start))
-        progress = min(1.0, (step + 1 - start) / ramp)
+        progress = min(1.0, (step + 1 - start) / self._ramp())
         return 1.0 - (1.0 - progress) ** 3
+
+    def _ramp(self) -> float:
+        """Search steps until the budget is reached."""
+        return max(1.0, self.options.ramp_share * self.context.phases.search)
 
     def gates(self, step: int) -> dict[str, Tensor]:
         return dict(self._gates)
 
     def after_backward(self, step: int, statistics: GateStatistics) -> dict[str, float]:
+        if not finite(statistics):
+            return {}
         self.observe(step, statistics)
-        start = self.context.phases.warmup_end
-        if step + 1 < start:
+        searched = step + 1 - self.context.phases.warmup_end
+        if searched < 0:
             return {}
         changed = 0.0
-        if (step + 1 - start) % self.options.refresh == 0:
+        # However rarely it decides, it does so when the ramp ends: the gates must get to the budget.
+        if searched % self.options.refresh == 0 or searched == math.ceil(self._ramp()):
             changed = self._aim(self.way(step))
         self._move()
         return {"units_retargeted": changed}
 
     def observe(self, step: int, statistics: GateStatistics) -> None:
-        """Takes the step's statistics into the scores; masks that need none leave this out."""
+        """Takes the step's finite statistics into the scores; masks that need none leave this out."""
 
     def _aim(self, way: float) -> float:
         """Points the gates at the plan for this part of the way; returns the share of units that changed."""
@@ -89,8 +96,7 @@ class ScheduledMask(Mask):
         return self.context.planner.plan(self.scores(), way=way, aligned=way == 1.0).kept
 
     def _move(self) -> None:
-        phases = self.context.phases
-        step = 1.0 / max(1.0, self.options.fade_share * (phases.freeze - phases.warmup_end))
+        step = 1.0 / max(1.0, self.options.fade_share * self.context.phases.search)
         for name, gate in self._gates.items():
             distance = self._target[name] - gate
             self._gates[name] = gate + distance.clamp(-step, step)

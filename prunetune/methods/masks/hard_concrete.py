@@ -66,6 +66,8 @@ class HardConcreteMask(Mask):
         return {name: gate.detach() for name, gate in self._gates(step).items()}
 
     def eval_gates(self, step: int) -> dict[str, Tensor]:
+        if step < self.context.phases.warmup_end:
+            return self.gates(step)
         return {name: _stretch(torch.sigmoid(logit.detach())) for name, logit in self._logits.items()}
 
     def _gates(self, step: int) -> dict[str, Tensor]:
@@ -122,11 +124,12 @@ class HardConcreteMask(Mask):
         return {name: (self._costs[name] * p).detach() for name, p in self._open_probability().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {f"logit.{name}": logit.detach() for name, logit in self._logits.items()}
+        # Clones, because Adam changes these tensors in place.
+        state = {f"logit.{name}": logit.detach().clone() for name, logit in self._logits.items()}
         for name, logit in self._logits.items():
             for key, value in self._adam.state[logit].items():
-                state[f"adam.{key}.{name}"] = value
-        return {**state, "multipliers": self._multipliers.detach()}
+                state[f"adam.{key}.{name}"] = value.clone()
+        return {**state, "multipliers": self._multipliers.detach().clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

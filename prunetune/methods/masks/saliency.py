@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.methods.masks import MASKS, MaskContext, finite
+from prunetune.methods.masks import MASKS, MaskContext
 from prunetune.methods.masks._scheduled import ScheduledMask, ScheduleOptions
 from prunetune.model.gates import GateStatistics
 
@@ -43,8 +43,6 @@ class SaliencyMask(ScheduledMask):
         self._weight = torch.zeros((), dtype=torch.float64)
 
     def observe(self, step: int, statistics: GateStatistics) -> None:
-        if not finite(statistics):
-            return
         decay = self.options.decay
         for name, mean in self._mean.items():
             square = statistics.square[name] if self.options.moment == "token" else statistics.grad[name].square()

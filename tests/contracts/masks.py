@@ -1,0 +1,60 @@
+"""What the contract tests of masks need: a context, any registered mask with its least options, made-up statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunetune.config.presets import PhaseSteps
+from prunetune.config.schema import TargetConfig
+from prunetune.methods.masks import MASKS, Mask, MaskContext, build_mask
+from prunetune.model.gates import GateStatistics
+from prunetune.model.planner import Planner
+from tests.support import tiny_arch
+
+PHASES = PhaseSteps(warmup_end=3, freeze=15, total=20)
+ALL_KINDS = ("mlp_channels", "kv_groups", "query_heads", "layers")
+
+
+def context(units: tuple[str, ...] = ("mlp_channels", "kv_groups"), phases: PhaseSteps = PHASES, seed: int = 0,
+            kept: str = "50%", model_type: str = "llama") -> MaskContext:  # fmt: skip
+    """A mask's context for a tiny model."""
+    planner = Planner(tiny_arch(model_type), TargetConfig(kept=kept, units=units, align=8))
+    return MaskContext(planner, phases, seed)
+
+
+def options_of(name: str, folder: Any, of: MaskContext) -> dict[str, Any]:
+    """The least options that a mask needs; a mask with an option that has no default must be listed here."""
+    required = [key for key, field in MASKS.get(name).Options.model_fields.items() if field.is_required()]
+    if required == ["plan"]:
+        scores = {site.name: np.arange(site.size, dtype=float) for site in of.planner.sites}
+        of.planner.plan(scores).save(folder / "plan.json")
+        return {"plan": folder / "plan.json"}
+    assert required == [], f"add what {name!r} needs for its options {required} here"
+    return {}
+
+
+def make(name: str, folder: Any, of: MaskContext | None = None, **options: Any) -> Mask:
+    """A fresh mask."""
+    of = of or context()
+    return build_mask(name, {**options_of(name, folder, of), **options}, of)
+
+
+def statistics(mask: Mask, seed: int, scale: float = 1.0) -> GateStatistics:
+    """Random gate gradients, and squares if the mask asks for them."""
+    generator = torch.Generator().manual_seed(seed)
+    grad = {site.name: scale * torch.randn(site.size, generator=generator) for site in mask.sites}
+    square = {name: values.square() for name, values in grad.items()} if mask.record_squares else {}
+    return GateStatistics(grad, square)
+
+
+def run(mask: Mask, first: int, last: int) -> list[dict[str, Tensor]]:
+    """Steps first .. last - 1 on made-up statistics; returns the gates of each."""
+    history = []
+    for step in range(first, last):
+        history.append({name: gate.clone() for name, gate in mask.gates(step).items()})
+        mask.after_backward(step, statistics(mask, step))
+    return history
