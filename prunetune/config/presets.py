@@ -100,7 +100,7 @@ def derive(config: RunConfig, steps: int | None) -> list[Derived]:
     per_step = f"batch {train.batch_size} x {train.accumulate} x {train.max_length} tokens, a process"
     derived = [*_phases(config, steps), Derived("tokens per step", f"up to {tokens:,}", per_step)]
     if train.save_every == 0:
-        value = f"every {save_every(train, steps)} steps" if steps else "ten times"
+        value = f"every {_steps(save_every(train, steps))}" if steps else "ten times"
         derived.append(Derived("checkpoint", value, f"train.save_every 0; the last {train.keep_checkpoints} are kept"))
     if train.eval_every == 0:
         derived.append(Derived("validation", "at freeze and end", "train.eval_every 0"))
@@ -113,12 +113,12 @@ def _phases(config: RunConfig, steps: int | None) -> list[Derived]:
     train, phases = config.train, config.phases
     shares = (phases.warmup, phases.search, 1 - phases.warmup - phases.search)
     warmup, search, recover = (f"{share:.0%} of all steps" for share in shares)
-    rise = "" if train.warmup_steps < 1 else f"{train.warmup_steps:g} steps"
+    rise = "" if train.warmup_steps < 1 else _steps(int(train.warmup_steps))
     frozen = "then the plan is frozen"
     if steps is not None:
         parts = phase_steps(phases, steps)
-        warmup, search, recover = (f"{count} steps" for count in (parts.warmup, parts.search, parts.recover))
-        rise = f"{learning_rate_warmup(train, steps)} steps"
+        warmup, search, recover = (_steps(count) for count in (parts.warmup, parts.search, parts.recover))
+        rise = _steps(learning_rate_warmup(train, steps))
         frozen = f"frozen at step {parts.freeze}"
     return [
         Derived("warm-up", warmup, f"phases.warmup {phases.warmup:.0%}; adapters settle first"),
@@ -130,3 +130,7 @@ def _phases(config: RunConfig, steps: int | None) -> list[Derived]:
             f"train.warmup_steps {train.warmup_steps:g}, then {train.scheduler}",
         ),
     ]
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"

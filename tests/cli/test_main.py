@@ -181,6 +181,14 @@ def test_export_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen == [((tmp_path, tmp_path / "out"), options)]
 
 
+def test_export_refuses_before_loading_anything(tmp_path: Path) -> None:
+    result = invoke("export", tmp_path, "--out", tmp_path, "--target", "180", width=200)
+    assert result.exit_code == 2
+    assert "add --overwrite to replace it" in result.output
+    assert "--target: '180' is not a fraction" in result.output
+    assert "at most 100%" in invoke("export", tmp_path, "--out", tmp_path / "new", "--target", "180%").output
+
+
 def test_eval_compares_the_base_first(monkeypatch: pytest.MonkeyPatch) -> None:
     import prunetune.pipeline.compare_models as pipeline
     from prunetune.core.records import EvalResult

@@ -20,6 +20,26 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a former export there")] = False,
 ) -> None:
     """Write the compact model of a run folder; --target cuts to another budget from the same scores."""
+    _check(out, target, overwrite)
+
     from prunetune.pipeline.export_run import export_run
 
     export_run(run, out, target=target, dtype=dtype, replace=overwrite)
+
+
+def _check(out: Path, target: str | None, overwrite: bool) -> None:
+    """Faults that need no model, before seconds are spent on one."""
+    from prunetune.core.errors import ConfigError, Problem
+    from prunetune.core.sizes import parse_fraction
+
+    problems = []
+    if out.exists() and not overwrite:
+        problems.append(Problem(f"{out} exists; name another folder, or add --overwrite to replace it", "--out"))
+    try:
+        kept = parse_fraction(target) if target is not None else 1.0
+        if not 0 < kept <= 1:
+            problems.append(Problem(f"{target} is not above 0% and at most 100%", "--target"))
+    except ValueError as error:
+        problems.append(Problem(str(error), "--target"))
+    if problems:
+        raise ConfigError(problems)
