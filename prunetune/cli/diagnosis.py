@@ -19,7 +19,7 @@ from prunetune.core.sizes import format_bytes
 _OPTIONAL = {
     "gguf": "reads GGUF base models, the quickstart's among them",
     "bitsandbytes": "4-bit and 8-bit base models on a GPU",
-    "deepspeed": "configs/accelerate/zero2.yaml and zero3.yaml",
+    "deepspeed": "plain LoRA training with configs/accelerate/zero2.yaml",
     "lm-eval": "standard benchmarks",
     "wandb": "train.report_to: [wandb]",
     "tensorboard": "train.report_to: [tensorboard]",
