@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 def main(request_path: str) -> None:
-    """Answers one request: {folder, texts, prompts, expected, continued, new_tokens, pad, device, answer}."""
+    """Answers one request: {folder, texts, prompts, expected, new_tokens, pad, device, answer}."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     torch.set_grad_enabled(False)
     folder, prompts = request["folder"], request["prompts"]
@@ -36,9 +36,7 @@ def main(request_path: str) -> None:
     answer: dict[str, Any] = {"class": f"{type(model).__module__}.{type(model).__name__}", "faults": faults}
     if not faults:
         answer["logit_difference"] = _logit_difference(model, prompts, load_file(request["expected"]))
-        answer.update(
-            _generation(model, prompts[: request["continued"]], request["new_tokens"], request["pad"])
-        )
+        answer.update(_generation(model, prompts, request["new_tokens"], request["pad"]))
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
@@ -78,13 +76,10 @@ def _generation(model: Any, prompts: list[list[int]], new_tokens: int, pad: int)
     shortest = min(range(len(prompts)), key=lambda i: len(prompts[i]))
     tokens, logits = _greedy(model, [prompts[shortest]], new_tokens, pad, use_cache=False)
     reference = single[shortest]
-    without_cache = _compare(
-        reference[0][0], reference[1][0], tokens[0], logits[0], "without cache", shortest, ties
-    )
+    without_cache = _compare(reference[0][0], reference[1][0], tokens[0], logits[0], "without cache", shortest, ties)
     tokens, logits = _greedy(model, prompts, new_tokens, pad, use_cache=True)
     padded = [
-        _compare(one[0][0], one[1][0], tokens[i], logits[i], "left-padded", i, ties)
-        for i, one in enumerate(single)
+        _compare(one[0][0], one[1][0], tokens[i], logits[i], "left-padded", i, ties) for i, one in enumerate(single)
     ]
     return {
         "cache_difference": without_cache,

@@ -8,7 +8,7 @@ from export_support import adapt, base_of
 from safetensors.torch import load_file, save_file
 
 from prunetune.core.errors import ExportError
-from prunetune.export import _verify_process, verify
+from prunetune.export import _verify_process, live, verify
 from prunetune.export.verify import TOLERANCE, verify_export
 from prunetune.export.write import METADATA_FILE, export_model
 from tests.support import tiny_tokenizer
@@ -27,8 +27,7 @@ def state_of(model):
 def unchanged(model, before):
     after = model.state_dict()
     return all(
-        after[name].dtype == dtype and torch.equal(after[name], value)
-        for name, (dtype, value) in before.items()
+        after[name].dtype == dtype and torch.equal(after[name], value) for name, (dtype, value) in before.items()
     )
 
 
@@ -58,10 +57,10 @@ def test_autocast_around_the_live_model_is_seen_through():
     from accelerate import Accelerator
 
     model, prompts, device = base_of("llama"), [[5, 6, 7]], torch.device("cpu")
-    plain = verify._logits(verify._undecorated(model), prompts, device)
+    plain = live.logits(live.undecorated(model), prompts, device)
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     assert not torch.equal(prepared(torch.tensor(prompts)).logits[0], plain[0])
-    assert torch.equal(verify._logits(verify._undecorated(prepared), prompts, device)[0], plain[0])
+    assert torch.equal(live.logits(live.undecorated(prepared), prompts, device)[0], plain[0])
 
 
 def test_one_flipped_bit_is_found(tmp_path):
@@ -70,10 +69,23 @@ def test_one_flipped_bit_is_found(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"].view(torch.int32)[77, 3] ^= 1  # a row that no prompt may use
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ExportError, match=r"model\.embed_tokens\.weight in model\.safetensors is not the tensor"
-    ):
+    with pytest.raises(ExportError, match=r"model\.embed_tokens\.weight in model\.safetensors is not the tensor"):
         verify_export(model, TOKENIZER, folder, torch.float32)
+
+
+def test_noise_of_float32_widens_the_tolerance_and_a_fault_does_not(monkeypatch):
+    model = base_of("llama")
+    before = state_of(model)
+    judge = verify._Judge(model, [[5, 6, 7]], torch.device("cpu"))
+    judge.require("anything", 0.9e-4)
+    with pytest.raises(ExportError, match=r"a fault \(by 0\.01, allowed 0\.0001\)"):
+        judge.require("a fault", 0.01)
+    assert 0 < live.float32_noise(model, [[5, 6, 7]], torch.device("cpu")) < 1e-4
+    assert unchanged(model, before)
+    monkeypatch.setattr(verify, "float32_noise", lambda *_: 1e-3)
+    judge.require("anything", 3e-3)
+    with pytest.raises(ExportError, match=r"allowed 0\.004"):
+        judge.require("not a number", float("nan"))
 
 
 def change_config(folder, **changes):
@@ -135,9 +147,7 @@ def test_a_process_that_hangs_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(
         subprocess,
         "run",
-        lambda command, **kw: real(
-            [sys.executable, "-c", "import time; time.sleep(60)"], **{**kw, "timeout": 0.5}
-        ),
+        lambda command, **kw: real([sys.executable, "-c", "import time; time.sleep(60)"], **{**kw, "timeout": 0.5}),
     )
     with pytest.raises(ExportError, match="was not done after"):
         verify._run(tmp_path, 0.5)
