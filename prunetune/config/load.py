@@ -81,9 +81,7 @@ def _pruned(value: Any, paths: list[KeyPath], here: KeyPath) -> Any:
     if not isinstance(value, dict):
         return value
     broken = {path[: len(here) + 1] for path in paths if path[: len(here)] == here and _ends_here(path, here)}
-    return {
-        key: _pruned(inner, paths, (*here, key)) for key, inner in value.items() if (*here, key) not in broken
-    }
+    return {key: _pruned(inner, paths, (*here, key)) for key, inner in value.items() if (*here, key) not in broken}
 
 
 def _ends_here(path: KeyPath, here: KeyPath) -> bool:
@@ -91,9 +89,7 @@ def _ends_here(path: KeyPath, here: KeyPath) -> bool:
     return not rest or isinstance(rest[0], int)
 
 
-def _checked(
-    config: RunConfig, source: Source, checks: Sequence[Check], faults: set[KeyPath]
-) -> list[Problem]:
+def _checked(config: RunConfig, source: Source, checks: Sequence[Check], faults: set[KeyPath]) -> list[Problem]:
     """What the rules find, with places, less what concerns keys that are known to be faulty already."""
     problems = []
     for check in checks:

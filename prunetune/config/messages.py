@@ -68,7 +68,7 @@ def section_at(path: KeyPath) -> type[BaseModel] | None:
         field = section.model_fields.get(part) if section else None
         annotation = field.annotation if field else None
         section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return section  # type: ignore[no-any-return]
+    return section
 
 
 def unknown_key(path: KeyPath) -> str:
@@ -77,11 +77,7 @@ def unknown_key(path: KeyPath) -> str:
     here = list(section.model_fields) if section else []
     parent = dotted(path[:-1])
     prefix = f"{parent}." if parent else ""
-    near = (
-        [_ALIASES[key]]
-        if _ALIASES.get(key) in here
-        else difflib.get_close_matches(key, here, n=1, cutoff=0.75)
-    )
+    near = [_ALIASES[key]] if _ALIASES.get(key) in here else difflib.get_close_matches(key, here, n=1, cutoff=0.75)
     if near:
         return f"unknown key; did you mean {prefix}{near[0]}?"
     if elsewhere := [place for place in _all_keys() if place.rsplit(".", 1)[-1] == key]:
@@ -135,9 +131,7 @@ def _sentence(path: KeyPath, details: Mapping[str, Any], source: Source) -> str:
         return f"{value} is {fault}; set {relation} {bound}{_help(path)}"
     if kind == "literal_error":
         choices = [
-            choice
-            for choice in context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-            if choice
+            choice for choice in context["expected"].replace(" or ", ", ").replace("'", "").split(", ") if choice
         ]
         return f"{value} is not one of {', '.join(choices)}{_nearest(str(raw), choices)}"
     if kind == "tuple_type" and isinstance(raw, str):

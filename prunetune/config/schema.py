@@ -53,8 +53,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the rows come from."""
 
-    train: str = Field("pydocs", description="pydocs, a .jsonl/.json/.csv/.parquet file, a saved datasets folder, or a hub id")
-    validation: str | None = Field(None, description="held-out rows in the same forms; split off from train if not given")
+    train: str = Field(
+        "pydocs", description="pydocs, a .jsonl/.json/.csv/.parquet file, a saved datasets folder, or a hub id"
+    )
+    validation: str | None = Field(
+        None, description="held-out rows in the same forms; split off from train if not given"
+    )
     validation_fraction: Fraction = Field(0.05, description="share split off when no validation is given")
     validation_rows: int = Field(400, ge=1, description="at most so many held-out rows")
     max_rows: int | None = Field(None, ge=1, description="use only so many training rows")

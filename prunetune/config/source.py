@@ -100,9 +100,7 @@ def _read_file(path: Path) -> Source:
         hint = f"; did you mean {resolved}?" if resolved.exists() else "; give a .yaml file"
         raise ConfigError([Problem("is a folder, not a configuration file" + hint, where=name)]) from None
     except UnicodeDecodeError:
-        raise ConfigError(
-            [Problem("is not a text file; write the settings as UTF-8 YAML", where=name)]
-        ) from None
+        raise ConfigError([Problem("is not a text file; write the settings as UTF-8 YAML", where=name)]) from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and not isinstance(root, yaml.MappingNode):
@@ -134,9 +132,7 @@ def _syntax_problem(name: str, error: yaml.YAMLError) -> Problem:
     if "\\t" in reason:
         reason = "a tab is used for indentation; YAML wants spaces"
     elif "mapping values are not allowed" in reason:
-        reason = (
-            "a second `key: value` on one line, or a line indented too far; quote a value that holds a colon"
-        )
+        reason = "a second `key: value` on one line, or a line indented too far; quote a value that holds a colon"
     where = f"{name}:{mark.line + 1}" if mark is not None else name
     return Problem(f"is not valid YAML: {reason}", where=where)
 

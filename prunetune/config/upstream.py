@@ -45,9 +45,7 @@ def sft_fields() -> frozenset[str]:
     ):
         body = _class_body(package, file, name)
         names.update(
-            item.target.id
-            for item in body
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            item.target.id for item in body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
         )
     return frozenset(name for name in names if not name.startswith("_"))
 

@@ -15,7 +15,8 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
     """A generator of its own for one purpose.
 
     Example:
-        >>> stream(0, "mask", "layers.3.mlp_channels", 17).random() == stream(0, "mask", "layers.3.mlp_channels", 17).random()
+        >>> a, b = stream(0, "mask", "layers.3", 17), stream(0, "mask", "layers.3", 17)
+        >>> a.random() == b.random()
         True
     """
     text = "\x1f".join([str(seed), *map(str, names)])

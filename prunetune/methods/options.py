@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from prunetune.core.errors import ConfigError, Problem, suggest
 
 
-class Options(BaseModel):
+class MethodOptions(BaseModel):
     """Base of every method's options; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-O = TypeVar("O", bound=Options)  # noqa: E741 - a type variable, not a number
+O = TypeVar("O", bound=MethodOptions)  # noqa: E741 - a type variable, not a number
 
 
 def parse_options(section: str, method: str, options: type[O], given: Mapping[str, Any]) -> O:
@@ -31,11 +31,14 @@ def parse_options(section: str, method: str, options: type[O], given: Mapping[st
         raise ConfigError([_problem(section, method, options, fault) for fault in error.errors()]) from error
 
 
-def _problem(section: str, method: str, options: type[Options], fault: Any) -> Problem:
+def _problem(section: str, method: str, options: type[MethodOptions], fault: Any) -> Problem:
     key = ".".join(str(part) for part in fault["loc"])
     field = f"{section}.{key}" if key else section
     if fault["type"] == "extra_forbidden":
         known = options.model_fields
         hint = suggest(key, known) if known else "it has no options"
         return Problem(f"{method!r} has no such option; {hint}", field)
+    if fault["type"] == "missing":
+        about = options.model_fields[str(fault["loc"][0])].description or "it has no default"
+        return Problem(f"{method!r} needs this option: {about}", field)
     return Problem(f"{fault['msg']} (set: {fault['input']!r})", field)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunetune.core.errors import UnsupportedModelError
 from prunetune.model.architecture import Architecture, describe
 from prunetune.model.budget import plan_shape
-from prunetune.model.families import Columns, Rows
+from prunetune.model.families import Columns, Rows, Writers
 from prunetune.model.legality import config_values
 from prunetune.model.plan import Plan
 from prunetune.model.units import span_features
@@ -102,7 +102,7 @@ class Surgery:
         columns: Tensor | None = None
         for kind, parts in self.arch.family.units.items():
             for part in parts:
-                if getattr(part, "role", None) != role:
+                if isinstance(part, Writers) or part.role != role:
                     continue
                 kept = _features(self._kept(layer, kind, part), span_features(self.arch, part.span))
                 if isinstance(part, Rows):
@@ -195,9 +195,10 @@ def _drop_layers(base: Any, surgery: Surgery) -> None:
     layers = getattr(parent, attribute)
     kept = nn.ModuleList([layers[old] for old in surgery.layers])
     for index, layer in enumerate(kept):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+        numbered: Any
+        for numbered in layer.modules():
+            if hasattr(numbered, "layer_idx"):
+                numbered.layer_idx = index
     setattr(parent, attribute, kept)
 
 

@@ -46,7 +46,7 @@ def export_run(
     if target is not None:
         return _retarget(config, prepared, Path(out), target, dtype, replace)
     model, plan = load_trained(Path(folder), prepared, config.model.dtype)
-    metadata = {"plan": plan.digest()} if plan else {}
+    metadata = {"plan": plan.digest()}
     return export_model(
         model, load_tokenizer(prepared), Path(out), dtype=dtype, plan=plan, metadata=metadata, replace=replace
     )

@@ -6,6 +6,7 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,8 +36,13 @@ def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         shutil.rmtree(folder)
     elif exists and not resume:
         raise ConfigError(
-            [Problem(f"{folder} holds a run already; add --resume to go on with it, --overwrite to start anew, or set "
-                     "another folder=...", "folder")]
+            [
+                Problem(
+                    f"{folder} holds a run already; add --resume to go on with it, --overwrite to start anew, or set "
+                    "another folder=...",
+                    "folder",
+                )
+            ]
         )
     elif exists:
         _require_same(folder, text)
@@ -49,14 +55,25 @@ def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
 
 def _require_same(folder: Path, text: str) -> None:
     """Resuming with other settings would not be the run that was started; evaluation and export may change."""
-    before, now = yaml.safe_load((folder / RESOLVED).read_text()), yaml.safe_load(text)
+    before, now = (_flat(yaml.safe_load(part)) for part in ((folder / RESOLVED).read_text(), text))
     free = ("evaluate", "export", "folder")
-    changed = [key for key in now if key not in free and before.get(key) != now[key]]
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(free)]
     if changed:
+        advice = "resume with the same settings, or set another folder=..."
         raise ConfigError(
-            [Problem(f"differs from the run in {folder} (there: {before.get(key)}); resume with the same settings, or set "
-                     "another folder=...", key) for key in changed]
+            [
+                Problem(f"is {now.get(key)}, but the run in {folder} has {before.get(key)}; {advice}", key)
+                for key in changed
+            ]
         )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def resolved_text(config: RunConfig) -> str:

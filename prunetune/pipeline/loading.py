@@ -31,7 +31,7 @@ def load_trained(run_folder: Path, prepared: PreparedModel, dtype: str) -> tuple
     """The model as the run's newest checkpoint has it: sliced, compensated, adapters attached and unmerged.
 
     Returns:
-        (PeftModel, plan); the plan is None if the run was not pruned.
+        (PeftModel, plan).
 
     Raises:
         DataError: the run has not come so far that there is something to export.
@@ -40,12 +40,11 @@ def load_trained(run_folder: Path, prepared: PreparedModel, dtype: str) -> tuple
     checkpoint = newest(output_dir, output_dir / FREEZE)
     if checkpoint is None:
         raise DataError(f"{run_folder} has no complete checkpoint; run `prunetune train` first")
-    marker = read_marker(checkpoint) or {}
-    if not marker.get("frozen") and not marker.get("dense"):
+    if not (read_marker(checkpoint) or {}).get("frozen"):
         raise DataError(
-            f"the run in {run_folder} stopped at step {global_step(checkpoint)}, before its plan was frozen; go on with "
-            "`prunetune train CONFIG --resume` and export then"
+            f"the run in {run_folder} stopped at step {global_step(checkpoint)}, before its plan was frozen; go on "
+            "with `prunetune train CONFIG --resume` and export then"
         )
     model = load_base(prepared, dtype)
-    plan = adopt_freeze(model, output_dir / FREEZE) if marker.get("frozen") else None
+    plan = adopt_freeze(model, output_dir / FREEZE)
     return PeftModel.from_pretrained(model, checkpoint), plan

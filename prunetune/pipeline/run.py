@@ -3,6 +3,7 @@ a run that was stopped goes on where it was."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from prunetune.core.console import console, is_main_process, note
 from prunetune.core.records import DataBundle, EvalResult, ExportedModel, PreparedModel
 from prunetune.data.load import load_bundle
 from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
+from prunetune.methods.compensation import COMPENSATIONS
 from prunetune.methods.masks import MASKS
 from prunetune.model.architecture import describe
-from prunetune.model.budget import describe_kept, full_shape, plan_shape
-from prunetune.model.plan import Plan
+from prunetune.model.budget import describe_kept
 from prunetune.model.planner import Planner
 from prunetune.model.resolve import resolve_model
 from prunetune.pipeline.folder import open_folder
@@ -29,6 +30,7 @@ from prunetune.train.settings import lora_config, sft_config
 
 # Rows of the short validations during training; the evaluation at the end has its own, larger number.
 WATCHED_ROWS = 64
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,22 @@ class RunReport:
     folder: Path
     exported: ExportedModel | None
     results: tuple[EvalResult, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is left of the training when the trainer is gone."""
+
+    exported: ExportedModel | None
+    budget: str
+    steps: int
+    seconds: float
+
+
+def trained_seconds(metrics: Path) -> float:
+    """Seconds that the steps of a run took, resumptions included."""
+    entries = (json.loads(line) for line in metrics.read_text().splitlines())
+    return sum(float(entry.get("step_seconds", 0.0)) for entry in entries)
 
 
 def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunReport:
@@ -66,24 +84,24 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         completion_only=config.train.completion_only,
     )
     trainer = train(config, prepared, tokenizer, data, config.prune(), config.folder / TRAIN, resume=resume)
-    steps = trainer.state.max_steps
-    exported = _export(config, trainer, resume)
-    trainer.accelerator.wait_for_everyone()
-    if not is_main_process():
-        trainer.end()
-        return RunReport(config.folder, exported, ())
-    assert trainer.plan is not None
-    plan = trainer.plan
+    done = Done(
+        exported=_export(config, trainer, resume),
+        budget=trainer.planner.describe(trainer.shape),
+        steps=trainer.state.max_steps,
+        seconds=trained_seconds(config.folder / METRICS),
+    )
     trainer.end()
+    if not is_main_process():
+        return RunReport(config.folder, done.exported, ())
     del trainer
     folders = {"base": prepared.folder}
     if config.evaluate.enabled and config.evaluate.compare == "dense":
-        folders["dense LoRA"] = _dense(config, prepared, tokenizer, data, steps, resume)
+        folders["dense LoRA"] = _dense(config, prepared, tokenizer, data, done.steps, resume)
     folders["compact"] = export_folder(config)
     results = _evaluate(config, folders, data) if config.evaluate.enabled else ()
-    write_reports(config.folder, _facts(config, prepared, data, plan, exported))
+    write_reports(config.folder, _facts(config, prepared, data, done))
     _closing(config, results)
-    return RunReport(config.folder, exported, tuple(results))
+    return RunReport(config.folder, done.exported, tuple(results))
 
 
 def train(
@@ -116,11 +134,11 @@ def train(
         prune=prune,
         dtype=config.export.dtype,
         evaluate_at_freeze=True,
-        metrics_file=config.folder / "metrics.jsonl" if prune is not None else None,
+        metrics_file=config.folder / METRICS if prune is not None else None,
     )
     if prune is not None:
         shapes = trainer.planner.candidates
-        note(f"budget {trainer.planner.budget.show()}: {len(shapes)} legal shape{'s' if len(shapes) > 1 else ''}, such as")
+        note(f"budget {trainer.planner.budget.show()}: {len(shapes)} legal shape(s), such as")
         for shape in sorted(shapes, reverse=True)[:3]:
             note(f"  {shape} ({describe_kept(trainer.dense, shape)})")
     has_checkpoint = any(output_dir.glob("checkpoint-*"))
@@ -169,23 +187,24 @@ def _evaluate(config: RunConfig, folders: dict[str, Path], data: DataBundle) -> 
     return results
 
 
-def _facts(
-    config: RunConfig, prepared: PreparedModel, data: DataBundle, plan: Plan, exported: ExportedModel | None
-) -> dict[str, Any]:
-    arch = describe(prepared.config)
-    shape = plan_shape(arch, plan)
+def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: Done) -> dict[str, Any]:
+    """What the reports cannot read from the run folder."""
+    papers = [MASKS.get(config.mask.method).paper, COMPENSATIONS.get(config.compensation.method).paper]
     return {
-        "base": config.model.name,
-        "base_source": prepared.source,
+        "base_model": config.model.name,
         "base_licence": prepared.licence,
         "data": data.description,
-        "data_facts": data.facts,
-        "shape_before": str(full_shape(arch)),
-        "shape_after": str(shape),
-        "kept": describe_kept(arch, shape),
-        "papers": [paper for paper in [MASKS.get(config.mask.method).paper] if paper],
-        "verification": exported.verification if exported else {},
-        "export_folder": str(export_folder(config)),
+        "data_licence": data.facts.get("licence"),
+        "conversational": bool(data.facts.get("conversational")),
+        "budget": done.budget,
+        "mask": config.mask.method,
+        "compensation": config.compensation.method,
+        "papers": [paper for paper in papers if paper],
+        "steps": done.steps,
+        "seconds": done.seconds,
+        "verification": done.exported.verification if done.exported else {},
+        "warnings": data.facts.get("warnings", []),
+        "export": str(export_folder(config)),
     }
 
 

@@ -124,8 +124,10 @@ class ProgressBar(TrainerCallback):
             self._update(state)
             now_and_then = state.global_step % max(1, state.max_steps // 10) == 0
             # A log file gets a line now and then instead of a bar that redraws itself.
-            if self._bar is not None and not console().is_terminal and (
-                now_and_then or state.global_step == state.max_steps
+            if (
+                self._bar is not None
+                and not console().is_terminal
+                and (now_and_then or state.global_step == state.max_steps)
             ):
                 console().print(f"step {state.global_step}/{state.max_steps}  {self._shown()}")
 

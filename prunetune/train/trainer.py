@@ -5,9 +5,7 @@ What the phases mean is in joint.py, the freeze in freeze.py, what is saved in c
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
 from prunetune.config.presets import phase_steps
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import note
-from prunetune.core.errors import DivergedError, PlanMismatchError
+from prunetune.core.errors import PlanMismatchError
 from prunetune.core.files import read_json
 from prunetune.core.streams import stream
 from prunetune.methods.compensation import build_compensation
@@ -34,20 +31,16 @@ from prunetune.model.statistics import SecondMoments
 from prunetune.model.surgery import Surgery, base_model, slice_model
 from prunetune.train import compat
 from prunetune.train.calibration import calibration_batches, collect_moments
-from prunetune.train.callbacks import Interruption, JointCallback, MetricsFile, ProgressBar
+from prunetune.train.callbacks import JointCallback, MetricsFile, ProgressBar
 from prunetune.train.checkpoint import (
-    MARKER,
     STATE_FILE,
     find_checkpoint,
     global_step,
     load_mask,
-    newest,
     read_marker,
     save_mask,
-    write_marker,
 )
 from prunetune.train.freeze import (
-    FREEZE,
     adopt_freeze,
     apply_updates,
     compensated_weights,
@@ -55,11 +48,12 @@ from prunetune.train.freeze import (
     require_equal,
     write_freeze,
 )
+from prunetune.train.guarded import GuardedTrainer
 from prunetune.train.joint import JointSearch, hard_gates, reducer
 from prunetune.train.legs import joined
 
 
-class JointTrainer(SFTTrainer):
+class JointTrainer(GuardedTrainer):
     """SFTTrainer that also decides which structures stay, and slices the model while training goes on.
 
     Args:
@@ -96,13 +90,9 @@ class JointTrainer(SFTTrainer):
         self.plan: Plan | None = None
         self._search: JointSearch | None = None
         self._resumed_from: Path | None = None
-        self._optimizer_names: list[list[str]] = []
-        self._not_finite: Tensor | None = None
-        self._grad_norm: Any = 0.0
         self._legs: list[tuple[int, dict[str, float]]] = []
         self._leg_began = 0
         self._evaluate_at_freeze = evaluate_at_freeze
-        self._interruption = Interruption()
         self._stopped_early = False
         if prune is not None:
             self.dense: Architecture = describe(base_model(self.model).config)
@@ -123,10 +113,11 @@ class JointTrainer(SFTTrainer):
         problems += check_mask(self.prune.mask.method, self.prune.mask.options())
         compat.raise_if_any(problems)
 
-    @property
-    def freeze_dir(self) -> Path:
-        """Where the freeze leaves its folder."""
-        return Path(self.args.output_dir) / FREEZE
+    def add_to_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """The mask's state before the freeze, the plan's digest after it."""
+        if self._search is not None:
+            save_mask(folder, self._search.mask.state_dict())
+        return {"frozen": self.plan is not None, "plan": self.plan.digest() if self.plan else None}
 
     def facts(self) -> dict[str, Any]:
         """Phase and kept fraction now, for logs and the progress bar."""
@@ -159,7 +150,7 @@ class JointTrainer(SFTTrainer):
         """
         output_dir = Path(self.args.output_dir)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, self.freeze_dir, plain=self.prune is None)
-        self._legs, result = [], None
+        self._legs, self._stopped_early, result = [], False, None
         try:
             with self._interruption:
                 if self.prune is not None and checkpoint is not None:
@@ -264,7 +255,7 @@ class JointTrainer(SFTTrainer):
 
     def before_optimizer_step(self, step: int) -> None:
         """Hands the gates' gradients to the mask; refuses to step on a loss that is not finite."""
-        self._check_finite(step)
+        self.check_finite(step)
         if self._search is not None:
             scaled = bool(self.args.average_tokens_across_devices)
             metrics = self._search.end_step(step, reducer(self.accelerator, scaled))
@@ -276,41 +267,6 @@ class JointTrainer(SFTTrainer):
         self._stopped_early = self._any_process(self._interruption.requested) and step < self.state.max_steps
         due = self._search is not None and step >= self._search.phases.freeze
         return due or self._stopped_early
-
-    def _any_process(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """As in SFTTrainer; remembers whether a training loss was not finite, without waiting for the device."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
-            bad = ~torch.isfinite((result[0] if return_outputs else result).detach())
-            self._not_finite = bad if self._not_finite is None else self._not_finite | bad
-        return result
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """As in Trainer; remembered, because a finite loss can have a gradient that is not."""
-        self._grad_norm = super()._get_grad_norm(model, grad_norm)
-        return self._grad_norm
-
-    def _check_finite(self, step: int) -> None:
-        bad, self._not_finite = self._not_finite, None
-        what = "loss" if bad is not None and bool(bad) else ""
-        # A gradient scaler looks for infinite gradients by itself, and leaves such a step out.
-        if not what and self.accelerator.scaler is None and not math.isfinite(self._grad_norm):
-            what = "loss's gradient"
-        if not self._any_process(bool(what)):
-            return
-        last = newest(Path(self.args.output_dir), self.freeze_dir)
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
-        raise DivergedError(
-            f"the {what or 'loss'} became NaN or infinite in step {step + 1}; nothing was updated with it, and {kept}. "
-            "Set a lower learning rate, a longer warm-up, or max_grad_norm, and check the rows of this step."
-        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in SFTTrainer, with deterministic gates before the freeze."""
@@ -353,7 +309,7 @@ class JointTrainer(SFTTrainer):
         step, scores = global_step(checkpoint), self._search.mask.scores()
         plan = self._search.decide(step)
         self._require_same_plan(plan)
-        names = self._names_of_optimizer()
+        names = self.optimizer_names()
         self._validate("eval_before_cut")
         surgery, updates = self.cut(plan)
         if self.accelerator.is_main_process:
@@ -427,18 +383,6 @@ class JointTrainer(SFTTrainer):
                 "same versions on the same data"
             )
 
-    def _names_of_optimizer(self) -> list[list[str]]:
-        if self.optimizer is None:
-            self.create_optimizer()
-        return self._optimizer_names
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; remembers which parameter stands where, because optimizer state is positional."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self._optimizer_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        return optimizer
-
     @torch.no_grad()
     def _probe(self) -> Tensor:
         """Logits of a fixed batch in the weights' own dtype, dropout off."""
@@ -446,32 +390,3 @@ class JointTrainer(SFTTrainer):
         ids = torch.from_numpy(stream(0, "freeze.probe").integers(0, vocabulary, (2, 16))).to(self.args.device)
         self.model.eval()
         return base_model(self.model)(input_ids=ids, use_cache=False).logits.float()
-
-    # ---- saving
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As in Trainer, plus the mask's state and a marker; older checkpoints go only once this one is whole."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            # A folder of that name from before must not pass for whole while it is written over.
-            (folder / MARKER).unlink(missing_ok=True)
-        with self._no_rotation() as limit:
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        if self._search is not None:
-            save_mask(folder, self._search.mask.state_dict())
-        frozen = {"frozen": self.plan is not None, "plan": self.plan.digest() if self.plan else None}
-        write_marker(folder, {**frozen, "train_tokens": self._total_train_tokens})
-        best = self.state.best_model_checkpoint
-        compat.rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
-
-    @contextlib.contextmanager
-    def _no_rotation(self) -> Iterator[int | None]:
-        limit = self.args.save_total_limit
-        self.args.save_total_limit = None
-        try:
-            yield limit
-        finally:
-            self.args.save_total_limit = limit

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunetune.core.errors import ConfigError, Problem
 from prunetune.core.registry import Registry
-from prunetune.methods.options import Options, parse_options
+from prunetune.methods.options import MethodOptions, parse_options
 
 
 class Compensation(ABC):
@@ -23,11 +23,11 @@ class Compensation(ABC):
         options: the method's own options.
     """
 
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
     tokens: int = 0
 
-    def __init__(self, options: Options):
+    def __init__(self, options: MethodOptions):
         self.options = options
 
     @abstractmethod

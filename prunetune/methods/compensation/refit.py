@@ -8,10 +8,10 @@ from torch import Tensor
 
 from prunetune.core.errors import PrunetuneError
 from prunetune.methods.compensation import COMPENSATIONS, Compensation
-from prunetune.methods.options import Options
+from prunetune.methods.options import MethodOptions
 
 
-class RefitOptions(Options):
+class RefitOptions(MethodOptions):
     """Options of refit."""
 
     tokens: int = Field(16384, ge=256, description="calibration tokens from the training rows")
@@ -20,9 +20,9 @@ class RefitOptions(Options):
 
 @COMPENSATIONS.register("refit")
 class Refit(Compensation):
-    """Ridge least squares of the consumer on the inputs that stay: W C[:, S] (C[S, S] + ridge I)^-1.
+    """Ridge least squares of the consumer on the inputs that stay: (W C[:, S] + r W[:, S]) (C[S, S] + r I)^-1.
 
-    C is the second moment of the dense inputs, S the ones that stay; the same normal equations as in
+    C is the second moment of the dense inputs, S the ones that stay, r the ridge; the same normal equations as in
     arXiv 2503.09657. The solution minimises the squared change of the linear's output on the calibration tokens.
     """
 
@@ -36,16 +36,23 @@ class Refit(Compensation):
 
     def weight(self, weight: Tensor, kept: Tensor, moment: Tensor | None) -> Tensor:
         assert moment is not None, "refit asks for tokens, so it is given a moment"
-        ridge = self.options.ridge * float(moment.diagonal().mean())
+        if not bool(torch.isfinite(moment).all()):
+            raise PrunetuneError(
+                "refit: the activations that reach a linear are not finite, so the model has diverged. Lower "
+                "train.learning_rate, or set compensation: none"
+            )
+        dense = weight.index_select(1, kept)
+        ridge = self.options.ridge * float(moment.diagonal().double().mean())
+        if ridge == 0.0:
+            return dense  # nothing ever reaches this linear
         inner = moment.index_select(0, kept).index_select(1, kept).double()
         inner.diagonal().add_(ridge)
         # The ridge pulls toward the weights that stay as they are, not toward zero: with no data nothing changes.
-        dense = weight.index_select(1, kept)
         right = weight.double() @ moment.index_select(1, kept).double() + ridge * dense.double()
         factor, fault = torch.linalg.cholesky_ex(inner)
         if int(fault):
             raise PrunetuneError(
-                "refit: the second moment of a linear's inputs is not positive definite; its activations are not "
-                "finite. Set compensation.ridge higher, or compensation: none"
+                "refit: the second moment of a linear's inputs is not positive definite to working precision. Set "
+                "compensation.ridge higher, or compensation: none"
             )
         return torch.cholesky_solve(right.T, factor).T.float()

@@ -17,7 +17,7 @@ from torch import Tensor
 from prunetune.config.presets import PhaseSteps
 from prunetune.core.errors import ConfigError, Problem
 from prunetune.core.registry import Registry
-from prunetune.methods.options import Options, parse_options
+from prunetune.methods.options import MethodOptions, parse_options
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
@@ -40,11 +40,11 @@ class Mask(ABC):
         options: the method's own options.
     """
 
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
     record_squares: ClassVar[bool] = False
 
-    def __init__(self, context: MaskContext, options: Options):
+    def __init__(self, context: MaskContext, options: MethodOptions):
         self.context = context
         self.sites = context.planner.sites
 

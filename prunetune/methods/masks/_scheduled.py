@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from prunetune.methods.masks import Mask, MaskContext, finite
-from prunetune.methods.options import Options
+from prunetune.methods.options import MethodOptions
 from prunetune.model.gates import GateStatistics
 
 
-class ScheduleOptions(Options):
+class ScheduleOptions(MethodOptions):
     """How fast gates close."""
 
     fade_share: float = Field(0.2, gt=0, le=1, description="a gate needs this share of the search to close or open")
@@ -31,7 +32,7 @@ class ScheduledMask(Mask):
     freeze if its score recovers.
     """
 
-    Options = ScheduleOptions
+    Options: ClassVar[type[MethodOptions]] = ScheduleOptions
 
     def __init__(self, context: MaskContext, options: ScheduleOptions):
         super().__init__(context, options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunetune.core.streams import stream
 from prunetune.methods.masks import MASKS, Mask, MaskContext, finite, unit_params
-from prunetune.methods.options import Options
+from prunetune.methods.options import MethodOptions
 from prunetune.model.budget import decoder_params, full_shape
 from prunetune.model.gates import GateStatistics
 
@@ -19,7 +19,7 @@ from prunetune.model.gates import GateStatistics
 LOW, HIGH, BETA = -0.1, 1.1, 2.0 / 3.0
 
 
-class HardConcreteOptions(Options):
+class HardConcreteOptions(MethodOptions):
     """Options of the hard concrete mask."""
 
     learning_rate: float = Field(0.1, gt=0, description="of the gate logits (Adam)")
@@ -111,7 +111,7 @@ class HardConcreteMask(Mask):
         self._multipliers.grad = None
         # The model's gradient reaches the logits through the same sample that the forward used.
         surrogate = sum((g * statistics.grad[n].cpu()).sum() for n, g in self._gates(step).items())
-        (surrogate + self.penalty(step)).backward()  # type: ignore[union-attr]
+        (surrogate + self.penalty(step)).backward()
         self._adam.step()
         with torch.no_grad():
             assert self._multipliers.grad is not None

@@ -12,6 +12,10 @@ from torch import Tensor
 from prunetune.methods.masks import MASKS, MaskContext
 from prunetune.methods.masks._scheduled import ScheduledMask, ScheduleOptions
 from prunetune.model.gates import GateStatistics
+from prunetune.model.units import LAYERS_SITE, Site, site_name
+
+# A unit behind gates that let less than this through says nothing about itself; its score stands still.
+HEARD = 0.1
 
 
 class SaliencyOptions(ScheduleOptions):
@@ -40,25 +44,45 @@ class SaliencyMask(ScheduledMask):
         super().__init__(context, options)
         self.options: SaliencyOptions = options
         self._mean = {site.name: torch.zeros(site.size) for site in self.sites}
-        self._weight = torch.zeros((), dtype=torch.float64)
+        self._weight = {site.name: torch.zeros(site.size, dtype=torch.float64) for site in self.sites}
 
     def observe(self, step: int, statistics: GateStatistics) -> None:
         decay = self.options.decay
-        for name, mean in self._mean.items():
+        for site in self.sites:
+            name, outer = site.name, self._outer(site)
             square = statistics.square[name] if self.options.moment == "token" else statistics.grad[name].square()
-            self._mean[name] = decay * mean + (1 - decay) * square.cpu()
-        self._weight = decay * self._weight + (1 - decay)
+            heard = outer >= HEARD
+            fresh = square.cpu() / outer.clamp(min=HEARD).square()
+            self._mean[name] = torch.where(heard, decay * self._mean[name] + (1 - decay) * fresh, self._mean[name])
+            weight = self._weight[name]
+            self._weight[name] = torch.where(heard, decay * weight + (1 - decay), weight)
+
+    def _outer(self, site: Site) -> Tensor:
+        """(U,): gates that the unit's signal passes after its own: its layer's and, for a query head, its group's.
+
+        They scale the unit's gradient. Without undoing that, units of a layer that fades out would seem worthless,
+        narrowing the layer would seem free, and the planner would bring it back for that reason alone.
+        """
+        outer = torch.ones(site.size)
+        if site.layer >= 0 and LAYERS_SITE in self._gates:
+            outer = outer * self._gates[LAYERS_SITE][site.layer]
+        groups = self._gates.get(site_name(site.layer, "kv_groups"))
+        if site.kind == "query_heads" and groups is not None:
+            outer = outer * groups.repeat_interleave(site.size // groups.numel())
+        return outer
 
     def scores(self) -> dict[str, Tensor]:
         # Divided by the weight so far, so that early means are not pulled toward zero.
-        weight = float(self._weight) or 1.0
-        return {name: mean / weight for name, mean in self._mean.items()}
+        return {
+            name: (mean / torch.where(self._weight[name] > 0, self._weight[name], 1.0)).float()
+            for name, mean in self._mean.items()
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         means = {f"mean.{name}": mean for name, mean in self._mean.items()}
-        return {**super().state_dict(), **means, "weight": self._weight}
+        return {**super().state_dict(), **means, **{f"weight.{name}": w for name, w in self._weight.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._mean = {name: state[f"mean.{name}"].clone() for name in self._mean}
-        self._weight = state["weight"].clone()
+        self._weight = {name: state[f"weight.{name}"].clone() for name in self._weight}

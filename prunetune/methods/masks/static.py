@@ -10,11 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.core.errors import BudgetError
+from prunetune.core.errors import BudgetError, PlanMismatchError
 from prunetune.methods.masks import MASKS, MaskContext, unit_params
 from prunetune.methods.masks._scheduled import ScheduledMask, ScheduleOptions
 from prunetune.model.budget import Budget, plan_shape
+from prunetune.model.legality import heads_legal
 from prunetune.model.plan import Plan
+from prunetune.model.planner import Planner
+from prunetune.model.units import kind_size, parse_site
 
 
 class StaticOptions(ScheduleOptions):
@@ -34,14 +37,7 @@ class StaticMask(ScheduledMask):
         planner = context.planner
         self._plan = Plan.load(options.plan)
         self._plan.check(planner.arch)
-        shape = plan_shape(planner.arch, self._plan)
-        cost = planner.budget.cost(planner.arch, shape)
-        if cost > planner.budget.limit:
-            needs = Budget(planner.budget.metric, cost, planner.budget.dtype).show()
-            raise BudgetError(
-                f"mask.plan {options.plan} keeps {needs}, more than the target of {planner.budget.show()}; "
-                "set the target to what the plan keeps, or follow another plan"
-            )
+        _require_followable(options.plan, self._plan, planner)
 
     def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
         return self._plan.kept if way > 0 else {}
@@ -56,3 +52,27 @@ class StaticMask(ScheduledMask):
 
     def plan(self, origin: Mapping[str, Any]) -> Plan:
         return Plan(self._plan.kept, self._plan.architecture, {**self._plan.origin, **origin})
+
+
+def _require_followable(path: Path, plan: Plan, planner: Planner) -> None:
+    arch = planner.arch
+    removed = {parse_site(name)[1] for name in plan.kept if len(plan.kept[name]) < kind_size(arch, parse_site(name)[1])}
+    beyond = sorted(removed - set(planner.target.units))
+    if beyond:
+        raise PlanMismatchError(
+            f"mask.plan {path} removes {', '.join(beyond)}, which target.units ({', '.join(planner.target.units)}) "
+            "does not allow; add them to target.units, or follow another plan"
+        )
+    shape = plan_shape(arch, plan)
+    if not heads_legal(arch, shape.query_heads):
+        raise BudgetError(
+            f"mask.plan {path} keeps {shape.query_heads} query heads, which a {arch.model_type} config refuses because "
+            f"they do not divide hidden_size {arch.hidden_size}; follow another plan"
+        )
+    cost = planner.budget.cost(arch, shape)
+    if cost > planner.budget.limit:
+        needs = Budget(planner.budget.metric, cost, planner.budget.dtype).show()
+        raise BudgetError(
+            f"mask.plan {path} keeps {needs}, more than the target of {planner.budget.show()}; "
+            "set the target to what the plan keeps, or follow another plan"
+        )
