@@ -20,7 +20,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     On any error the temporary folder is removed and whatever stood at ``target`` is untouched.
 
     Raises:
-        FileExistsError: ``target`` exists and ``replace`` is false.
+        FileExistsError: ``target`` exists, or came to exist meanwhile, and ``replace`` is false.
     """
     target = Path(target)
     if target.exists() and not replace:
@@ -30,16 +30,26 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        if target.exists():
-            retired = temporary.with_suffix(".old")
-            os.rename(target, retired)
+        if not target.exists():
             os.rename(temporary, target)
-            shutil.rmtree(retired)
+        elif replace:
+            _exchange(temporary, target)
         else:
-            os.rename(temporary, target)
+            raise FileExistsError(f"{target} exists")
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(temporary: Path, target: Path) -> None:
+    retired = temporary.with_suffix(".old")
+    os.rename(target, retired)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(retired, target)
+        raise
+    shutil.rmtree(retired)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -14,12 +15,13 @@ _BYTES = {
     "mib": 2**20,
     "gib": 2**30,
 }
-_AMOUNT = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([a-z%]*)\s*$", re.IGNORECASE)
+# The exponent is how Python and YAML write small and large floats.
+_AMOUNT = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z%]*)\s*$", re.IGNORECASE)
 
 
 def _split(text: str | int | float) -> tuple[float, str]:
     match = _AMOUNT.match(str(text))
-    if not match:
+    if not match or math.isinf(float(match.group(1))):
         raise ValueError(f"{text!r} is not an amount")
     return float(match.group(1)), match.group(2).lower()
 
