@@ -48,7 +48,7 @@ def test_counts(text, value):
     assert parse_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["90MB", "60%", "many", "-5", "", "M", "1e", "90 M M", "1_000", "nan", "1e999", "9" * 400])
+@pytest.mark.parametrize("text", ["90MB", "60%", "many", "-5", "", "M", "1e", "90 M M", "nan", "1e999", "9" * 400])
 def test_what_is_no_count(text):
     with pytest.raises(ValueError):
         parse_count(text)
