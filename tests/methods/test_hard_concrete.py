@@ -19,7 +19,7 @@ def train(mask, gradient, first=0, last=PHASES.freeze):
     for step in range(first, last):
         mask.gates(step)
         mask.after_backward(step, GateStatistics(gradient(mask), {}))
-        if step >= PHASES.warmup_end:
+        if step >= mask.context.phases.warmup_end:
             history.append((step, float(mask.expected_kept()), mask.target_kept(step)))
     return history
 
@@ -29,17 +29,18 @@ def noise(mask, size=1e-3):
     return {site.name: size * torch.randn(site.size, generator=generator) for site in mask.sites}
 
 
-@pytest.mark.parametrize("units", [("mlp_channels",), ("mlp_channels", "kv_groups"), ALL_KINDS], ids=len)
-def test_the_expected_size_follows_the_ramp_down_to_the_budget(units):
-    mask = build_mask("hard_concrete", {}, context(units, PHASES, kept="60%"))
-    history = train(mask, noise)
-    assert history[-1][2] < 0.9
-    ramp_end = PHASES.warmup_end + 0.6 * PHASES.search
-    for step, kept, target in history[20:]:
-        assert abs(kept - target) < 0.15, step
+@pytest.mark.parametrize("phases", [PHASES, PhaseSteps(4, 20, 40), PhaseSteps(0, 1, 2)], ids=str)
+@pytest.mark.parametrize("size", [1e-7, 1e-3, 10.0])
+@pytest.mark.parametrize("units", [("mlp_channels", "kv_groups"), ALL_KINDS], ids=len)
+def test_the_expected_size_follows_the_ramp_down_to_the_budget(units, size, phases):
+    """In any number of steps and on any scale of the loss: neither late, nor swinging around it."""
+    mask = build_mask("hard_concrete", {}, context(units, phases, kept="60%"))
+    history = train(mask, lambda mask: noise(mask, size), phases.warmup_end, phases.freeze)
     for step, kept, target in history:
-        if step > ramp_end + 40:
-            assert abs(kept - target) < 0.04, step
+        assert kept == pytest.approx(target, abs=1e-5), step
+    targets = [target for _, _, target in history]
+    assert targets == sorted(targets, reverse=True)
+    assert targets[-1] < 0.9
 
 
 def test_the_target_is_the_largest_shape_inside_the_budget():
@@ -47,7 +48,7 @@ def test_the_target_is_the_largest_shape_inside_the_budget():
     mask = build_mask("hard_concrete", {}, of)
     [shape] = of.planner.candidates
     assert mask.target_kept(PHASES.freeze) == pytest.approx(shape.mlp_channels / 64)
-    assert mask.target_kept(PHASES.warmup_end - 1) == 1.0
+    assert mask.target_kept(PHASES.warmup_end - 1) == pytest.approx(float(mask.expected_kept()))
 
 
 def test_units_that_the_loss_holds_on_to_survive():
@@ -62,22 +63,23 @@ def test_units_that_the_loss_holds_on_to_survive():
     assert set(scores.argsort(descending=True)[:2].tolist()) == {4, 50}
     assert {4, 50} <= set(mask.plan({}).kept["layers.0.mlp_channels"])
     assert mask.eval_gates(PHASES.freeze)["layers.0.mlp_channels"][4] == 1.0
+    assert scores[4] > 3 * scores.median()
 
 
 def test_the_gradient_reaches_the_logits_through_the_sample_of_that_step():
-    """With the penalty at rest the update's sign is minus the gradient's, where the sampled gate is not clipped."""
+    """Apart from the common shift, a logit moves against its gate's gradient, where the gate is not clipped."""
     of = context(("mlp_channels",), PhaseSteps(0, 10, 20), kept="60%")
-    mask = build_mask("hard_concrete", {"init": 0.0, "multiplier_rate": 1e-12}, of)
+    mask = build_mask("hard_concrete", {"init": 0.0}, of)
     before = {name: t.clone() for name, t in mask.state_dict().items()}
     gates = mask.gates(0)
     sign = {site.name: torch.where(torch.arange(site.size) % 2 == 0, 1.0, -1.0) for site in mask.sites}
-    mask.after_backward(0, GateStatistics(sign, {}))
+    shift = mask.after_backward(0, GateStatistics(sign, {}))["mask_shift"]
     for site in mask.sites:
-        moved = mask.state_dict()[f"logit.{site.name}"] - before[f"logit.{site.name}"]
+        moved = mask.state_dict()[f"logit.{site.name}"] - before[f"logit.{site.name}"] + shift
         inside = (gates[site.name] > 0) & (gates[site.name] < 1)
         assert inside.any()
         assert (torch.sign(moved)[inside] == -sign[site.name][inside]).all()
-        assert (moved[~inside] == 0).all()
+        assert moved[~inside].abs().max() < 1e-6
 
 
 def test_samples_have_the_published_distribution():

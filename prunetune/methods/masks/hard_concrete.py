@@ -1,4 +1,4 @@
-"""L0 gates: stretched binary concrete noise on learnt logits, a learnt multiplier that holds the budget."""
+"""L0 gates: stretched binary concrete noise on learnt logits, held to the budget step by step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from prunetune.model.gates import GateStatistics
 
 # Stretch limits and temperature of Louizos et al. (arXiv 1712.01312).
 LOW, HIGH, BETA = -0.1, 1.1, 2.0 / 3.0
+# P(z > 0) = sigmoid(logit - SHIFT).
+SHIFT = BETA * math.log(-LOW / HIGH)
+# The common shift is looked for between these, to 2 * 50 / 2^40 = 1e-10.
+WIDEST, BISECTIONS = 50.0, 40
 
 
 class HardConcreteOptions(MethodOptions):
     """Options of the hard concrete mask."""
 
     learning_rate: float = Field(0.1, gt=0, description="of the gate logits (Adam)")
-    multiplier_rate: float = Field(2.0, gt=0, description="of the multipliers (ascent)")
     ramp_share: float = Field(0.6, gt=0, le=1, description="the budget is reached after this share of the search")
     init: float = Field(2.5, description="first logit; 2.5 keeps a gate open with probability 0.98")
     noise: bool = Field(True, description="sample gates while training; off: expected gates")
@@ -31,11 +34,13 @@ class HardConcreteOptions(MethodOptions):
 
 @MASKS.register("hard_concrete")
 class HardConcreteMask(Mask):
-    """Hard concrete L0 gates with a Lagrangian budget and learnt multipliers.
+    """Hard concrete L0 gates whose expected size follows the budget at every step.
 
-    z = clip(sigmoid((logit + ln u - ln(1 - u)) / beta) * 1.2 - 0.1, 0, 1) (Louizos et al., arXiv 1712.01312); the
-    expected kept parameters are held to the budget on the way by lambda1 * gap + lambda2 * gap^2 with both
-    multipliers ascending (Xia et al., arXiv 2310.06694). Logits have their own Adam and are never decayed.
+    z = clip(sigmoid((logit + ln u - ln(1 - u)) / beta) * 1.2 - 0.1, 0, 1) (Louizos et al., arXiv 1712.01312). Logits
+    have their own Adam and are never decayed. After each of its steps one number is taken from all logits, so that
+    the expected kept parameters are those of the budget on the way: the Lagrange multiplier of that constraint, solved
+    for rather than ascended as in Xia et al. (arXiv 2310.06694), where it needs thousands of steps to settle. (A common
+    shift of logits is the nearest point inside the budget in the KL divergence weighted by parameters.)
     """
 
     Options = HardConcreteOptions
@@ -45,10 +50,10 @@ class HardConcreteMask(Mask):
         super().__init__(context, options)
         self.options = options
         self._logits = {site.name: torch.full((site.size,), options.init).requires_grad_() for site in self.sites}
-        self._multipliers = torch.zeros(2, requires_grad=True)
         self._adam = torch.optim.Adam(list(self._logits.values()), lr=options.learning_rate, betas=(0.9, 0.99))
         costs = unit_params(context.planner)
         self._costs = {site.name: costs[site.kind] for site in self.sites}
+        self._first_kept = float(self.expected_kept().detach())
         self._final_kept = self._budget_of_gated()
 
     def _budget_of_gated(self) -> float:
@@ -60,7 +65,7 @@ class HardConcreteMask(Mask):
         return max(0.0, 1.0 - (full - largest) / gated)
 
     def parameters(self) -> Iterable[Tensor]:
-        return [*self._logits.values(), self._multipliers]
+        return list(self._logits.values())
 
     def gates(self, step: int) -> dict[str, Tensor]:
         return {name: gate.detach() for name, gate in self._gates(step).items()}
@@ -84,8 +89,7 @@ class HardConcreteMask(Mask):
 
     def _open_probability(self) -> dict[str, Tensor]:
         """site -> (U,): P(z > 0)."""
-        shift = BETA * math.log(-LOW / HIGH)
-        return {name: torch.sigmoid(logit - shift) for name, logit in self._logits.items()}
+        return {name: torch.sigmoid(logit - SHIFT) for name, logit in self._logits.items()}
 
     def expected_kept(self) -> Tensor:
         """Expected fraction of the gated parameters that stays, in [0, 1]."""
@@ -97,27 +101,34 @@ class HardConcreteMask(Mask):
         """Where the expected kept fraction should be at this step: a linear ramp."""
         phases = self.context.phases
         ramp = max(1.0, self.options.ramp_share * (phases.freeze - phases.warmup_end))
-        return 1.0 - (1.0 - self._final_kept) * min(1.0, max(0.0, (step + 1 - phases.warmup_end) / ramp))
-
-    def penalty(self, step: int) -> Tensor:
-        gap = self.expected_kept() - self.target_kept(step)
-        return self._multipliers[0] * gap + self._multipliers[1] * gap.square()
+        progress = min(1.0, max(0.0, (step + 1 - phases.warmup_end) / ramp))
+        return self._first_kept + (self._final_kept - self._first_kept) * progress
 
     def after_backward(self, step: int, statistics: GateStatistics) -> dict[str, float]:
-        kept = float(self.expected_kept().detach())
         if step < self.context.phases.warmup_end or not finite(statistics):
-            return {"mask_expected_kept": kept}
+            return {"mask_expected_kept": float(self.expected_kept().detach())}
         self._adam.zero_grad()
-        self._multipliers.grad = None
         # The model's gradient reaches the logits through the same sample that the forward used.
-        surrogate = sum((g * statistics.grad[n].cpu()).sum() for n, g in self._gates(step).items())
-        (surrogate + self.penalty(step)).backward()
+        gates = self._gates(step)
+        torch.autograd.backward(list(gates.values()), [statistics.grad[name].cpu() for name in gates])
         self._adam.step()
-        with torch.no_grad():
-            assert self._multipliers.grad is not None
-            self._multipliers += self.options.multiplier_rate * self._multipliers.grad
-            self._multipliers[1].clamp_(min=0.0)
-        return {"mask_expected_kept": kept, "mask_lambda": float(self._multipliers[0])}
+        shift = self._hold(self.target_kept(step))
+        return {"mask_expected_kept": float(self.expected_kept().detach()), "mask_shift": shift}
+
+    @torch.no_grad()
+    def _hold(self, target: float) -> float:
+        """Takes one number from all logits so that the expected kept fraction is ``target``; returns it."""
+        logits = torch.cat([logit.double() for logit in self._logits.values()])
+        costs = torch.cat([torch.full((t.numel(),), self._costs[name]).double() for name, t in self._logits.items()])
+        costs /= costs.sum()
+        low, high = -WIDEST, WIDEST
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            kept = float(costs @ torch.sigmoid(logits - middle - SHIFT))
+            low, high = (middle, high) if kept > target else (low, middle)
+        for logit in self._logits.values():
+            logit -= high
+        return high
 
     def scores(self) -> dict[str, Tensor]:
         # Probability times parameters: the expected parameters that stay, one unit of measure over all kinds.
@@ -129,11 +140,10 @@ class HardConcreteMask(Mask):
         for name, logit in self._logits.items():
             for key, value in self._adam.state[logit].items():
                 state[f"adam.{key}.{name}"] = value.clone()
-        return {**state, "multipliers": self._multipliers.detach().clone()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            self._multipliers.copy_(state["multipliers"])
             for name, logit in self._logits.items():
                 logit.copy_(state[f"logit.{name}"])
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]
