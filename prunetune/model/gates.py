@@ -49,15 +49,27 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         [grad_BSF] = grads
         x_BSF, gate_F = ctx.saved_tensors
-        grad_TF = grad_BSF.reshape(-1, grad_BSF.shape[-1])
-        product_TU = grad_TF * x_BSF.reshape(grad_TF.shape)
-        if ctx.block > 1:
-            product_TU = product_TU.reshape(-1, ctx.units, ctx.block).sum(-1, dtype=torch.float32)
-        elif ctx.units == 1:
-            product_TU = product_TU.sum(-1, keepdim=True, dtype=torch.float32)
-        if ctx.square_U is not None:
-            ctx.square_U.add_(product_TU.float().square().sum(0))
-        return grad_BSF * gate_F, product_TU.sum(0, dtype=torch.float32), None, None
+        grad_U = _reduce(grad_BSF.flatten(0, -2), x_BSF.flatten(0, -2), ctx.units, ctx.block, ctx.square_U)
+        return grad_BSF * gate_F, grad_U, None, None
+
+
+def _reduce(grad_TF: Tensor, x_TF: Tensor, units: int, block: int, square_U: Tensor | None) -> Tensor:
+    """(U,) float32: sum over tokens and a unit's features of grad * x; adds the squares of its tokens' sums.
+
+    A CPU works through blocks of tokens that stay in its cache; a GPU takes all at once.
+    """
+    rows = grad_TF.shape[0] if grad_TF.is_cuda else max(1, 2**17 // grad_TF.shape[1])
+    sum_U = torch.zeros(units, device=grad_TF.device)
+    for grad_tF, x_tF in zip(grad_TF.split(rows), x_TF.split(rows), strict=True):
+        product = grad_tF.float() * x_tF.float()
+        if units == 1:
+            product = product.sum(-1, keepdim=True)
+        elif block > 1:
+            product = product.unflatten(-1, (units, block)).sum(-1)
+        sum_U += product.sum(0)
+        if square_U is not None:
+            square_U += product.square_().sum(0)
+    return sum_U
 
 
 class GateSet:
