@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from prunetune.core.errors import DivergedError
+from prunetune.core.errors import DataError, DivergedError
 from prunetune.train import compat
 from prunetune.train.callbacks import Interruption
 from prunetune.train.checkpoint import MARKER, newest, write_marker
@@ -20,7 +20,11 @@ from prunetune.train.freeze import FREEZE
 
 
 class GuardedTrainer(SFTTrainer):
-    """SFTTrainer that stops before it does harm and whose checkpoints are complete or not there."""
+    """SFTTrainer that stops before it does harm and whose checkpoints are complete or not there.
+
+    Raises:
+        DataError: no row is left to train on.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -28,6 +32,12 @@ class GuardedTrainer(SFTTrainer):
         self._not_finite: Tensor | None = None
         self._grad_norm: Any = 0.0
         self._interruption = Interruption()
+        if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
+            raise DataError(
+                "no training row is left: none of them has a token with a label within max_length "
+                f"({self.args.max_length}). Set a larger max_length, or check completions, completion_only_loss and "
+                "assistant_only_loss"
+            )
 
     @property
     def freeze_dir(self) -> Path:
