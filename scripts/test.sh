@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 tier=(-m "not slow and not gpu")
 if [ "${1:-}" = "--all" ]; then tier=(); shift; fi
-export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

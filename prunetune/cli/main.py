@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed (message, no traceback), 2 wrong configuration or u
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -64,6 +65,9 @@ def root(
     ] = False,
 ) -> None:
     """Options before the command."""
+    # Threads that wait for each other by spinning stall training many times over when anything else runs on the
+    # same cores. It has to be said before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _complain(text: str) -> None:

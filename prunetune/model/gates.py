@@ -58,7 +58,7 @@ def _reduce(grad_TF: Tensor, x_TF: Tensor, units: int, block: int, square_U: Ten
 
     A CPU works through blocks of tokens that stay in its cache; a GPU takes all at once.
     """
-    rows = grad_TF.shape[0] if grad_TF.is_cuda else max(1, 2**17 // grad_TF.shape[1])
+    rows = grad_TF.shape[0] if grad_TF.is_cuda else max(1, 2**19 // grad_TF.shape[1])
     sum_U = torch.zeros(units, device=grad_TF.device)
     for grad_tF, x_tF in zip(grad_TF.split(rows), x_TF.split(rows), strict=True):
         product = grad_tF.float() * x_tF.float()

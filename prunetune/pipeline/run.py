@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import datasets
+import transformers
 
 from prunetune.config.presets import derive, export_folder, total_steps
 from prunetune.config.schema import PruneConfig, RunConfig
@@ -70,6 +74,7 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         PrunetuneError: with what was set, why it cannot work, and what to set instead.
         KeyboardInterrupt: after Ctrl-C, once everything is saved.
     """
+    _quiet_libraries()
     # The budget is checked before anything is written or loaded.
     prepared = resolve_model(config.model.name, config.model.revision)
     Planner(describe(prepared.config), config.target, config.export.dtype)
@@ -102,6 +107,13 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
     write_reports(config.folder, _facts(config, prepared, data, done))
     _closing(config, results)
     return RunReport(config.folder, done.exported, tuple(results))
+
+
+def _quiet_libraries() -> None:
+    """The run draws its own progress; the libraries' bars and notes on their own renamings would bury it."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b")
 
 
 def train(
