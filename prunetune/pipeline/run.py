@@ -30,6 +30,8 @@ from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer
 from prunetune.pipeline.trainer import PruneTuneTrainer
 from prunetune.report.table import before_after_table
 from prunetune.report.write import write_reports
+from prunetune.train.checkpoint import newest
+from prunetune.train.freeze import FREEZE
 from prunetune.train.settings import lora_config, sft_config
 
 # Rows of the short validations during training; the evaluation at the end has its own, larger number.
@@ -95,13 +97,16 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         steps=trainer.state.max_steps,
         seconds=trained_seconds(config.folder / METRICS),
     )
-    trainer.end()
-    if not is_main_process():
-        return RunReport(config.folder, done.exported, ())
-    del trainer
     folders = {"base": prepared.folder}
     if config.evaluate.enabled and config.evaluate.compare == "dense":
+        # All processes train it, like the joint run; its trainer ends what both share.
+        del trainer
         folders["dense LoRA"] = _dense(config, prepared, tokenizer, data, done.steps, resume)
+    else:
+        trainer.end()
+        del trainer
+    if not is_main_process():
+        return RunReport(config.folder, done.exported, ())
     folders["compact"] = export_folder(config)
     results = _evaluate(config, folders, data) if config.evaluate.enabled else ()
     write_reports(config.folder, _facts(config, prepared, data, done))
@@ -153,8 +158,9 @@ def train(
         note(f"budget {trainer.planner.budget.show()}: {len(shapes)} legal shape(s), such as")
         for shape in sorted(shapes, reverse=True)[:3]:
             note(f"  {shape} ({describe_kept(trainer.dense, shape)})")
-    has_checkpoint = any(output_dir.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=True if resume and has_checkpoint else None)
+    # A run that was killed before its first checkpoint was whole starts anew.
+    begun = newest(output_dir, output_dir / FREEZE) is not None
+    trainer.train(resume_from_checkpoint=True if resume and begun else None)
     if prune is not None and trainer.accelerator.is_main_process:
         assert trainer.plan is not None
         trainer.plan.save(config.folder / "plan.json")
