@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +28,8 @@ class HardConcreteOptions(MethodOptions):
     """Options of the hard concrete mask."""
 
     learning_rate: float = Field(0.1, gt=0, description="of the gate logits (Adam)")
+    multiplier: Literal["solved", "learnt"] = Field("solved", description="how the budget is held")
+    multiplier_rate: float = Field(2.0, gt=0, description="ascent of learnt multipliers")
     ramp_share: float = Field(0.6, gt=0, le=1, description="the budget is reached after this share of the search")
     init: float = Field(2.5, description="first logit; 2.5 keeps a gate open with probability 0.98")
     noise: bool = Field(True, description="sample gates while training; off: expected gates")
@@ -34,13 +37,14 @@ class HardConcreteOptions(MethodOptions):
 
 @MASKS.register("hard_concrete")
 class HardConcreteMask(Mask):
-    """Hard concrete L0 gates whose expected size follows the budget at every step.
+    """Hard concrete L0 gates with a Lagrangian budget.
 
     z = clip(sigmoid((logit + ln u - ln(1 - u)) / beta) * 1.2 - 0.1, 0, 1) (Louizos et al., arXiv 1712.01312). Logits
-    have their own Adam and are never decayed. After each of its steps one number is taken from all logits, so that
-    the expected kept parameters are those of the budget on the way: the Lagrange multiplier of that constraint, solved
-    for rather than ascended as in Xia et al. (arXiv 2310.06694), where it needs thousands of steps to settle. (A common
-    shift of logits is the nearest point inside the budget in the KL divergence weighted by parameters.)
+    have their own Adam and are never decayed. ``multiplier: learnt`` holds the expected kept parameters to the budget
+    on the way by lambda1 * gap + lambda2 * gap^2 with both multipliers ascending (Xia et al., arXiv 2310.06694), which
+    takes thousands of steps to settle. ``solved`` takes, after each step, one number from all logits, so that the
+    expected size is the budget's exactly: the multiplier of the constraint, solved for. (A common shift of logits is the
+    nearest point inside the budget in the KL divergence weighted by parameters.)
     """
 
     Options = HardConcreteOptions
@@ -50,6 +54,7 @@ class HardConcreteMask(Mask):
         super().__init__(context, options)
         self.options = options
         self._logits = {site.name: torch.full((site.size,), options.init).requires_grad_() for site in self.sites}
+        self._multipliers = torch.zeros(2, requires_grad=True)
         self._adam = torch.optim.Adam(list(self._logits.values()), lr=options.learning_rate, betas=(0.9, 0.99))
         costs = unit_params(context.planner)
         self._costs = {site.name: costs[site.kind] for site in self.sites}
@@ -65,7 +70,7 @@ class HardConcreteMask(Mask):
         return max(0.0, 1.0 - (full - largest) / gated)
 
     def parameters(self) -> Iterable[Tensor]:
-        return list(self._logits.values())
+        return [*self._logits.values(), self._multipliers]
 
     def gates(self, step: int) -> dict[str, Tensor]:
         return {name: gate.detach() for name, gate in self._gates(step).items()}
@@ -104,6 +109,10 @@ class HardConcreteMask(Mask):
         progress = min(1.0, max(0.0, (step + 1 - phases.warmup_end) / ramp))
         return self._first_kept + (self._final_kept - self._first_kept) * progress
 
+    def penalty(self, step: int) -> Tensor:
+        gap = self.expected_kept() - self.target_kept(step)
+        return self._multipliers[0] * gap + self._multipliers[1] * gap.square()
+
     def after_backward(self, step: int, statistics: GateStatistics) -> dict[str, float]:
         if step < self.context.phases.warmup_end or not finite(statistics):
             return {"mask_expected_kept": float(self.expected_kept().detach())}
@@ -111,9 +120,23 @@ class HardConcreteMask(Mask):
         # The model's gradient reaches the logits through the same sample that the forward used.
         gates = self._gates(step)
         torch.autograd.backward(list(gates.values()), [statistics.grad[name].cpu() for name in gates])
+        if self.options.multiplier == "learnt":
+            multiplier = self._ascend(step)
+        else:
+            self._adam.step()
+            multiplier = self._hold(self.target_kept(step))
+        return {"mask_expected_kept": float(self.expected_kept().detach()), "mask_multiplier": multiplier}
+
+    def _ascend(self, step: int) -> float:
+        """One step down for the logits and up for the multipliers; returns the first multiplier."""
+        self._multipliers.grad = None
+        self.penalty(step).backward()
         self._adam.step()
-        shift = self._hold(self.target_kept(step))
-        return {"mask_expected_kept": float(self.expected_kept().detach()), "mask_shift": shift}
+        with torch.no_grad():
+            assert self._multipliers.grad is not None
+            self._multipliers += self.options.multiplier_rate * self._multipliers.grad
+            self._multipliers[1].clamp_(min=0.0)
+        return float(self._multipliers[0].detach())
 
     @torch.no_grad()
     def _hold(self, target: float) -> float:
@@ -140,10 +163,11 @@ class HardConcreteMask(Mask):
         for name, logit in self._logits.items():
             for key, value in self._adam.state[logit].items():
                 state[f"adam.{key}.{name}"] = value.clone()
-        return state
+        return {**state, "multipliers": self._multipliers.detach().clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
+            self._multipliers.copy_(state["multipliers"])
             for name, logit in self._logits.items():
                 logit.copy_(state[f"logit.{name}"])
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]
