@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+# Decoding without cache recomputes the whole text at every token.
+_STEPS_WITHOUT_CACHE = 8
+
 
 def main(request_path: str) -> None:
     """Answers one request: {folder, texts, prompts, expected, new_tokens, pad, device, answer}."""
@@ -67,26 +70,39 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _generation(model: Any, prompts: list[list[int]], new_tokens: int, pad: int) -> dict[str, Any]:
-    """Greedy continuations with cache, compared with those without cache and in a left-padded batch.
+    """Greedy continuations of a left-padded batch, compared with single prompts with and without cache.
 
-    Without cache every step recomputes the whole text, so the shortest prompt has to do for that.
+    Without cache, each prompt is run once with its continuation behind it: attention looks back only, so the
+    logits before every token are those that decoding without cache would see at that step, and if every token
+    is the largest of them, that decoding gives the same text. The first tokens are also decoded that way.
     """
-    single = [_greedy(model, [prompt], new_tokens, pad, use_cache=True) for prompt in prompts]
     ties: list[dict[str, Any]] = []
+    tokens_BN, logits_BNV = _greedy(model, prompts, new_tokens, pad, use_cache=True)
+    no_cache = []
+    for i, prompt in enumerate(prompts):
+        forced_NV = _forced(model, prompt, tokens_BN[i])
+        forced = forced_NV.argmax(dim=1), forced_NV
+        no_cache.append(_compare(forced, (tokens_BN[i], logits_BNV[i]), "left-padded", i, ties))
     shortest = min(range(len(prompts)), key=lambda i: len(prompts[i]))
-    tokens, logits = _greedy(model, [prompts[shortest]], new_tokens, pad, use_cache=False)
-    reference = single[shortest]
-    without_cache = _compare(reference[0][0], reference[1][0], tokens[0], logits[0], "without cache", shortest, ties)
-    tokens, logits = _greedy(model, prompts, new_tokens, pad, use_cache=True)
-    padded = [
-        _compare(one[0][0], one[1][0], tokens[i], logits[i], "left-padded", i, ties) for i, one in enumerate(single)
-    ]
+    start = prompts[shortest]
+    tokens, logits = _greedy(model, [start], new_tokens, pad, use_cache=True)
+    single = tokens[0], logits[0]
+    forced_NV = _forced(model, start, single[0])
+    cache = [_compare((forced_NV.argmax(dim=1), forced_NV), single, "with cache", shortest, ties)]
+    tokens, logits = _greedy(model, [start], min(new_tokens, _STEPS_WITHOUT_CACHE), pad, use_cache=False)
+    cache.append(_compare(single, (tokens[0], logits[0]), "without cache", shortest, ties))
     return {
-        "cache_difference": without_cache,
-        "padding_difference": max(padded),
+        "cache_difference": max(cache),
+        "padding_difference": max(no_cache),
         "near_ties": ties,
-        "continuations": [one[0][0].tolist() for one in single],
+        "continuations": tokens_BN.tolist(),
     }
+
+
+def _forced(model: Any, prompt: list[int], tokens_N: Tensor) -> Tensor:
+    """Logits (N, V) before each of the tokens, from one pass without cache and padding."""
+    ids = torch.tensor([prompt + tokens_N.tolist()[:-1]], device=model.device)
+    return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float().cpu()
 
 
 def _greedy(
@@ -110,22 +126,23 @@ def _greedy(
 
 
 def _compare(
-    tokens_N: Tensor,
-    logits_NV: Tensor,
-    other_N: Tensor,
-    other_NV: Tensor,
+    reference: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
     way: str,
     prompt: int,
     ties: list[dict[str, Any]],
 ) -> float:
     """Largest logit difference up to and including the first token that differs; notes that token in ``ties``.
 
-    After it the two texts differ, so nothing later can be compared.
+    Both sides are tokens (N,) and logits (N, V). After that token the texts differ, so nothing later can be
+    compared; the reference may be longer.
     """
+    steps = len(other[0])
+    (tokens_N, logits_NV), (other_N, other_NV) = (reference[0][:steps], reference[1][:steps]), other
     differing = (tokens_N != other_N).nonzero().flatten().tolist()
-    steps = differing[0] + 1 if differing else len(tokens_N)
     if differing:
         at = differing[0]
+        steps = at + 1
         gap = float(logits_NV[at, tokens_N[at]] - logits_NV[at, other_N[at]])
         here = _difference(logits_NV[at], other_NV[at])
         ties.append({"way": way, "prompt": prompt, "position": at, "gap": gap, "difference": here})

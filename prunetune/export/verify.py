@@ -228,7 +228,9 @@ def _fresh_process(
     if answer["faults"]:
         raise ExportError("the export did not verify, it was discarded: " + "; ".join(answer["faults"]))
     if not answer["class"].startswith("transformers."):
-        raise ExportError(f"the export did not verify: it opened as {answer['class']}, which is not a stock class")
+        raise ExportError(
+            f"the export did not verify: it opened as {answer['class']}, which is not a stock class"
+        )
     return answer
 
 
@@ -240,7 +242,8 @@ def _pad_token(config: Any) -> int:
 def _run(scratch: Path, limit_s: float) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCH_VARIABLES}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    # Decoding waits for memory; threads that spin meanwhile slow each other down several times on a busy machine.
+    environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "PASSIVE"}
     script = Path(__file__).with_name("_verify_process.py")
     try:
         done = subprocess.run(
@@ -257,7 +260,9 @@ def _run(scratch: Path, limit_s: float) -> None:
         ) from error
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-6:])
-        raise ExportError(f"the export did not verify: stock transformers could not use it. It was discarded.\n{tail}")
+        raise ExportError(
+            f"the export did not verify: stock transformers could not use it. It was discarded.\n{tail}"
+        )
 
 
 def _continuation_gap(

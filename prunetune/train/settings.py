@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig
 
-from prunetune.config.presets import save_every
+from prunetune.config.presets import phase_steps, save_every
 from prunetune.config.schema import RunConfig
 
 
@@ -43,6 +43,10 @@ def sft_config(config: RunConfig, output_dir: Path, steps: int) -> SFTConfig:
         "seed": config.seed,
         "run_name": config.folder.name,
     }
+    if train.scheduler == "warmup_stable_decay":
+        # Full rate until the freeze; the sliced model then learns on while it falls to zero.
+        recover = phase_steps(config.phases, steps).recover
+        values["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, recover)}
     if train.eval_every:
         values |= {"eval_strategy": "steps", "eval_steps": train.eval_every}
     return SFTConfig(**{**values, **train.sft})

@@ -1,6 +1,6 @@
 """Joint against two-stage pruning: same data, budget, steps, tokens, schedule and seed; quality and time.
 
-    python scripts/bench/joint_vs_two_stage.py --data path/to/medquad --general wikitext2/validation.txt --out result.json
+    python scripts/bench/joint_vs_two_stage.py --data medquad/ --general wikitext2/validation.txt --out result.json
 
 ``--data`` holds train.jsonl and validation.jsonl with prompt and completion. A recipe is
 ``kind[:mask[:compensation]]``:

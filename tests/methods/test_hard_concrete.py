@@ -73,7 +73,7 @@ def test_the_gradient_reaches_the_logits_through_the_sample_of_that_step():
     before = {name: t.clone() for name, t in mask.state_dict().items()}
     gates = mask.gates(0)
     sign = {site.name: torch.where(torch.arange(site.size) % 2 == 0, 1.0, -1.0) for site in mask.sites}
-    shift = mask.after_backward(0, GateStatistics(sign, {}))["mask_shift"]
+    shift = mask.after_backward(0, GateStatistics(sign, {}))["mask_multiplier"]
     for site in mask.sites:
         moved = mask.state_dict()[f"logit.{site.name}"] - before[f"logit.{site.name}"] + shift
         inside = (gates[site.name] > 0) & (gates[site.name] < 1)

@@ -43,8 +43,8 @@ class HardConcreteMask(Mask):
     have their own Adam and are never decayed. ``multiplier: learnt`` holds the expected kept parameters to the budget
     on the way by lambda1 * gap + lambda2 * gap^2 with both multipliers ascending (Xia et al., arXiv 2310.06694), which
     takes thousands of steps to settle. ``solved`` takes, after each step, one number from all logits, so that the
-    expected size is the budget's exactly: the multiplier of the constraint, solved for. (A common shift of logits is the
-    nearest point inside the budget in the KL divergence weighted by parameters.)
+    expected size is the budget's exactly: the multiplier of the constraint, solved for. (A common shift of logits is
+    the nearest point inside the budget in the KL divergence weighted by parameters.)
     """
 
     Options = HardConcreteOptions
