@@ -146,18 +146,30 @@ def test_set_forgets_what_was_collected():
 
 
 def test_gradients_are_reduced_in_float32_in_bfloat16():
-    """4096 equal terms: a bfloat16 sum would stall at 256."""
-    x = torch.ones(1, 4096, 2, dtype=torch.bfloat16, requires_grad=True)
+    """4099 equal terms: bfloat16 has 8 bits, so it can neither add them up nor say the sum."""
+    x = torch.ones(1, 4099, 2, dtype=torch.bfloat16, requires_grad=True)
     for block in (1, 2):
         gate = torch.ones(2 // block, requires_grad=True)
         square = torch.zeros(2 // block)
         _Gate.apply(x, gate, block, square).sum().backward()
         assert gate.grad.dtype == torch.float32
-        assert gate.grad.tolist() == [4096.0 * block] * (2 // block)
-        assert square.tolist() == [4096.0 * block**2] * (2 // block)
+        assert gate.grad.tolist() == [4099.0 * block] * (2 // block)
+        assert square.tolist() == [4099.0 * block**2] * (2 // block)
     one = torch.ones(1, requires_grad=True)
-    _Gate.apply(torch.ones(1, 1, 4096, dtype=torch.bfloat16), one, 1, None).sum().backward()
-    assert one.grad.tolist() == [4096.0]
+    _Gate.apply(torch.ones(1, 1, 4099, dtype=torch.bfloat16), one, 1, None).sum().backward()
+    assert one.grad.tolist() == [4099.0]
+
+
+@pytest.mark.parametrize(("block", "units"), [(1, 256), (64, 4), (1, 1)])
+def test_more_tokens_than_are_reduced_at_once(block, units):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1500, 256, generator=generator)
+    grad = torch.randn(3, 1500, 256, generator=generator)
+    gate, square = torch.ones(units, requires_grad=True), torch.zeros(units)
+    _Gate.apply(x, gate, block, square).backward(grad)
+    product = (x.double() * grad.double()).reshape(4500, units, 256 // units).sum(-1)
+    torch.testing.assert_close(gate.grad.double(), product.sum(0), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(square.double(), product.square().sum(0), atol=1e-3, rtol=1e-4)
 
 
 def test_bfloat16_models_are_gated_in_their_own_dtype():
@@ -271,3 +283,18 @@ def test_the_layer_gate_covers_the_whole_layer():
         hidden = model.model.embed_tokens(batch()["input_ids"])
         expected = model.lm_head(model.model.norm(hidden))
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_half_open_layer_is_half_as_loud(model_type):
+    """Where a norm follows the sublayer, a gate before it would be normalised away."""
+    model = tiny_model(model_type, num_hidden_layers=1)
+    gates = gated(model, ("layers",))
+    added, writer = [], "post_attention_layernorm" if "gemma" in model_type else "self_attn.o_proj"
+    writes = model.model.layers[0].get_submodule(writer)
+    writes.register_forward_hook(lambda module, args, output: added.append(output))  # after the gate's own hook
+    for gate in (1.0, 0.5):
+        gates.set({"layers": torch.tensor([gate])})
+        logits(model)
+    torch.testing.assert_close(added[1], added[0] / 2)
+    assert added[0].abs().max() > 0.1

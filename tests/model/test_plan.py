@@ -86,6 +86,11 @@ def test_groups_must_keep_equally_many_heads(heads):
         Plan({"layers.1.query_heads": heads}, ARCH.fingerprint()).check(ARCH)
 
 
+def test_a_group_that_stays_must_keep_a_head():
+    with pytest.raises(PlanMismatchError, match="at least one"):
+        Plan({"layers.1.kv_groups": (0,), "layers.1.query_heads": (2, 3)}, ARCH.fingerprint()).check(ARCH)
+
+
 def test_head_counts_of_a_removed_layer_do_not_matter():
     Plan({"layers": (0, 2), "layers.1.query_heads": (0, 1, 2)}, ARCH.fingerprint()).check(ARCH)
 

@@ -31,14 +31,16 @@ KIND_SETS = [kinds for n in range(1, 5) for kinds in itertools.combinations(KIND
 
 
 def random_scores(arch, seed, kinds=KINDS, scale=None):
-    """Positive scores; what a unit carries on average is its share of parameters, unless ``scale`` says otherwise."""
+    """Positive scores, about as large as the unit's parameters unless ``scale`` says otherwise; layers differ."""
     rng = np.random.default_rng(seed)
+    of_layer = rng.exponential(size=arch.layers)
     scale = scale or {"mlp_channels": 3, "kv_groups": 64, "query_heads": 16, "layers": 300}
     scores = {}
     for kind in kinds:
         names = ["layers"] if kind == "layers" else [site_name(layer, kind) for layer in range(arch.layers)]
-        for name in names:
-            scores[name] = scale[kind] * rng.exponential(size=kind_size(arch, kind))
+        for layer, name in enumerate(names):
+            height = scale[kind] * (1.0 if kind == "layers" else of_layer[layer])
+            scores[name] = height * rng.exponential(size=kind_size(arch, kind))
     return scores
 
 
