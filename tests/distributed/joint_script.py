@@ -1,0 +1,81 @@
+"""Started once per process by the tests: a tiny joint run that leaves what each process saw.
+
+Arguments: JSON with ``out``, and optionally ``rows`` of a process's batch, ``accumulate``, ``resume``, ``interrupt``
+(step in which the first process is asked to stop), ``nan`` (step in which the second process's loss is NaN), ``mask``,
+``data`` (number of rows), ``tokens`` (of refit).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from prunetune.core.errors import DivergedError
+from tests.train.joint_runs import joint_trainer, lora, prune_config, rows, weights
+
+
+class Disturb(TrainerCallback):
+    """Ctrl-C on the first process, a NaN loss on the second."""
+
+    def __init__(self, asked: dict[str, Any]):
+        self.asked, self.trainer = asked, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, rank = state.global_step + 1, int(os.environ.get("RANK", "0"))
+        if rank == 0 and step == self.asked.get("interrupt"):
+            os.kill(os.getpid(), signal.SIGINT)
+        if rank == 1 and step == self.asked.get("nan"):
+            with torch.no_grad():
+                for parameter in kwargs["model"].parameters():
+                    parameter.fill_(float("nan"))
+
+
+def main(asked: dict[str, Any]) -> None:
+    """One process of the run."""
+    torch.set_num_threads(1)
+    out = Path(asked["out"])
+    refit = {"method": "refit", "tokens": asked.get("tokens", 256)}
+    args = {
+        "per_device_train_batch_size": asked.get("rows", 2),
+        "gradient_accumulation_steps": asked.get("accumulate", 1),
+        "ddp_find_unused_parameters": asked.get("unused", False),
+    }
+    trainer = joint_trainer(
+        out,
+        prune=prune_config(asked.get("mask", "saliency"), refit, ("mlp_channels", "kv_groups", "layers")),
+        peft_config=lora(lora_dropout=0.0),
+        train_dataset=rows(asked.get("data", 24)),
+        eval_dataset=rows(8, seed=5),
+        evaluate_at_freeze=True,
+        args=args,
+        callbacks=[Disturb(asked)],
+    )
+    said = ""
+    try:
+        trainer.train(resume_from_checkpoint=bool(asked.get("resume")))
+    except (KeyboardInterrupt, DivergedError) as stopped:
+        said = f"{type(stopped).__name__}: {stopped}"
+    found = {
+        "engine": trainer.accelerator.distributed_type.value,
+        "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "",
+        "processes": trainer.accelerator.num_processes,
+        "said": said,
+        "step": trainer.state.global_step,
+        "plan": trainer.plan.digest() if trainer.plan else None,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    rank = trainer.accelerator.process_index
+    (out / f"process{rank}.json").write_text(json.dumps(found))
+    torch.save(weights(trainer), out / f"weights{rank}.pt")
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

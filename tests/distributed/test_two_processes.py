@@ -1,0 +1,134 @@
+"""Two processes on a CPU (gloo) and one process make the same decision from the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.joint_runs import checkpoints, metrics, require_same, timeless
+
+ROOT = Path(__file__).parents[2]
+DDP = ROOT / "configs" / "accelerate" / "ddp.yaml"
+LIMIT_S = 240
+
+pytestmark = pytest.mark.slow  # starting two processes of torch takes longer than what they do
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(processes: int, out: Path, **asked: Any) -> list[dict[str, Any]]:
+    """Runs joint_script.py in so many processes; what each of them saw."""
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.distributed.joint_script"]
+    if processes > 1:
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP)),
+            *("--num_processes", str(processes), "--main_process_port", str(free_port())),
+            *("--module", "tests.distributed.joint_script"),
+        ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, json.dumps({"out": str(out), **asked})],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"process{rank}.json").read_text()) for rank in range(processes)]
+
+
+def saved(out: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    """The weights that a process ended with."""
+    found: dict[str, torch.Tensor] = torch.load(out / f"weights{rank}.pt")
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run in two processes with two rows each."""
+    out = tmp_path_factory.mktemp("two")
+    return out, launch(2, out)
+
+
+def test_two_processes_decide_and_compute_what_one_does(
+    two: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    out, (first, second) = two
+    [alone] = launch(1, tmp_path / "one", rows=4)
+    assert first["engine"] == "MULTI_CPU", "what accelerate calls a MULTI_GPU launch on CPUs"
+    assert first["backend"] == "gloo"
+    assert first["processes"] == second["processes"] == 2
+    assert alone["processes"] == 1
+    assert first["plan"] == second["plan"] == alone["plan"] is not None
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    require_same(saved(out, 0), saved(out, 1))
+    for name, weight in saved(tmp_path / "one").items():
+        torch.testing.assert_close(saved(out)[name], weight, rtol=1e-3, atol=2e-3, msg=name)
+
+
+def test_metrics_are_written_once(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    entries = metrics(two[0])
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 9))
+    assert sum("eval_after_cut_loss" in entry for entry in entries) == 1
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_resumed_in_two_processes_equals_uninterrupted(
+    two: tuple[Path, list[dict[str, Any]]], tmp_path: Path, step: int
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(two[0], copy)
+    for later in checkpoints(copy):
+        if later > step:
+            shutil.rmtree(copy / f"checkpoint-{later}")
+    if step <= 4:
+        shutil.rmtree(copy / "freeze")
+    first, second = launch(2, copy, resume=True)
+    assert first["plan"] == second["plan"] == two[1][0]["plan"]
+    for rank in (0, 1):
+        require_same(saved(copy, rank), saved(two[0]))
+    assert timeless(metrics(copy)) == timeless(metrics(two[0]))
+
+
+def test_ctrl_c_on_one_process_stops_all_after_the_same_step(
+    two: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    first, second = launch(2, out, interrupt=3)
+    assert first["step"] == second["step"] == 3
+    assert first["said"].startswith("KeyboardInterrupt: stopped at step 3 of 8")
+    assert second["said"].startswith("KeyboardInterrupt")
+    launch(2, out, resume=True)
+    require_same(saved(out), saved(two[0]))
+
+
+def test_nan_on_one_process_stops_all(tmp_path: Path) -> None:
+    first, second = launch(2, tmp_path / "run", nan=3)
+    for process in (first, second):
+        assert process["step"] == 2
+        assert "in step 3" in process["said"]
+        assert process["said"].startswith("DivergedError")
+    assert all(bool(torch.isfinite(weight).all()) for weight in saved(tmp_path / "run", 0).values())
+
+
+def test_calibration_with_fewer_batches_than_processes_does_not_hang(tmp_path: Path) -> None:
+    """Two rows are one batch: the second process has no calibration row of its own."""
+    first, second = launch(2, tmp_path / "run", data=2)
+    assert first["plan"] == second["plan"] is not None
