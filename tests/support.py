@@ -190,9 +190,12 @@ def random_plan(
         wanted = {**NARROW, **widths}
         field = {"query_heads": "queries_per_group"}
         names = {field.get(kind, kind) for kind in kinds}
-        shape = Shape(**{
-            name: min(wanted[name], getattr(full, name)) if name in names else getattr(full, name) for name in NARROW
-        })
+        shape = Shape(
+            **{
+                name: min(wanted[name], getattr(full, name)) if name in names else getattr(full, name)
+                for name in NARROW
+            }
+        )
 
     def some(size: int, number: int) -> tuple[int, ...]:
         return tuple(sorted(int(i) for i in rng.choice(size, number, replace=False)))

@@ -131,8 +131,8 @@ class PhaseConfig(Section):
     def _leaves_recovery(self) -> PhaseConfig:
         if self.warmup + self.search > 1:
             raise ValueError(
-                f"phases.warmup ({self.warmup:.0%}) and phases.search ({self.search:.0%}) add up to more than all steps; "
-                "leave at least 25% for recover"
+                f"phases.warmup ({self.warmup:.0%}) and phases.search ({self.search:.0%}) add up to more than all the "
+                "steps; leave at least 25% for recover"
             )
         return self
 

@@ -40,7 +40,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_readme_shows_every_command() -> None:
-    assert {command.split()[1] for command in commands()} == {"plan", "train", "export", "eval", "chat", "list", "doctor"}
+    assert {command.split()[1] for command in commands()} == {
+        "plan",
+        "train",
+        "export",
+        "eval",
+        "chat",
+        "list",
+        "doctor",
+    }
 
 
 def test_readme_commands_run_in_order(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

