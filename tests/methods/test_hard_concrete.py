@@ -110,3 +110,18 @@ def test_any_start_is_open_in_warm_up(init):
     mask = build_mask("hard_concrete", {"init": init}, context(phases=PHASES))
     for gates in (mask.gates(0), mask.eval_gates(PHASES.warmup_end - 1)):
         assert all((gate == 1).all() for gate in gates.values())
+
+
+def test_learnt_multipliers_resume_to_the_bit():
+    of = context(phases=PhaseSteps(2, 30, 40), kept="60%")
+    whole = build_mask("hard_concrete", {"multiplier": "learnt"}, of)
+    train(whole, noise, 0, 15)
+    state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    assert state["multipliers"].any(), "they have begun to climb"
+    train(whole, noise, 15, 30)
+    resumed = build_mask("hard_concrete", {"multiplier": "learnt"}, of)
+    resumed.load_state_dict(state)
+    train(resumed, noise, 15, 30)
+    after = resumed.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in whole.state_dict().items())
+    assert not torch.equal(after["multipliers"], state["multipliers"])
