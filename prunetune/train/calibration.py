@@ -22,15 +22,17 @@ def calibration_batches(trainer: Any, tokens: int, seed: int) -> Iterator[dict[s
         seed: of the run.
     """
     rows, accelerator = trainer.train_dataset, trainer.accelerator
-    order = stream(seed, "calibration").permutation(len(rows))
-    size, done = trainer.args.per_device_train_batch_size, 0
-    for start in range(0, len(order), size):
+    drawn, done = [], 0
+    # Row by row, so that where the tokens suffice does not depend on the batch size.
+    for index in stream(seed, "calibration").permutation(len(rows)):
         if done >= tokens:
-            return
-        chosen = [rows[int(i)] for i in order[start : start + size]]
-        done += sum(len(row["input_ids"]) for row in chosen)
+            break
+        drawn.append(rows[int(index)])
+        done += len(drawn[-1]["input_ids"])
+    size = trainer.args.per_device_train_batch_size
+    for start in range(0, len(drawn), size):
         if (start // size) % accelerator.num_processes == accelerator.process_index:
-            yield trainer._prepare_inputs(trainer.data_collator(chosen))
+            yield trainer._prepare_inputs(trainer.data_collator(drawn[start : start + size]))
 
 
 def collect_moments(trainer: Any, moments: SecondMoments, batches: Iterable[dict[str, Tensor]]) -> None:

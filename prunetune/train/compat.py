@@ -113,6 +113,14 @@ def quiet_progress(trainer: Any) -> None:
         trainer.remove_callback(callback)
 
 
+def unprepare(model: Any) -> None:
+    """Lets accelerate wrap a model for training that it prepared for an evaluation alone.
+
+    Without it the model counts as prepared and is not wrapped in DDP: every process would train its own.
+    """
+    vars(model).pop("_is_accelerate_prepared", None)
+
+
 @contextlib.contextmanager
 def one_run(handler: CallbackHandler, is_over: Callable[[], bool]) -> Iterator[None]:
     """Lets two calls of ``Trainer.train`` look like one to trackers and other callbacks.

@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from prunetune.config.presets import phase_steps
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import note
-from prunetune.core.errors import PlanMismatchError
+from prunetune.core.errors import ConfigError, PlanMismatchError, Problem
 from prunetune.core.files import read_json
 from prunetune.core.streams import stream
 from prunetune.methods.compensation import build_compensation
@@ -99,6 +99,9 @@ class JointTrainer(GuardedTrainer):
             self._refuse(optimizer)
             self.planner = Planner(self.dense, prune.target, dtype)
             self.compensation = build_compensation(prune.compensation.method, prune.compensation.options())
+            if self.compensation.tokens and not hasattr(self.train_dataset, "__len__"):
+                why = "calibration rows are drawn by lot, which streamed rows do not allow; load them, or set none"
+                raise ConfigError([Problem(why, "compensation.method")])
         compat.quiet_progress(self)
         self._bar = ProgressBar(self.facts)
         file = metrics_file or Path(self.args.output_dir) / "metrics.jsonl"
@@ -210,6 +213,8 @@ class JointTrainer(GuardedTrainer):
             if self._leg_began >= self._total_steps(state):
                 return self._finished(checkpoint)
             self._total_train_tokens = (read_marker(checkpoint) or {}).get("train_tokens", 0)
+        if self.accelerator.num_processes > 1:
+            compat.unprepare(self.model)
         with compat.one_run(self.callback_handler, lambda: self._stopped_early or not self._freeze_is_due()):
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from datasets import Dataset, IterableDataset
 from peft import get_peft_model
 from transformers import TrainerCallback
 
+from prunetune.core.errors import ConfigError
+from prunetune.train.calibration import calibration_batches
 from prunetune.train.trainer import JointTrainer
 from tests.support import tiny_folder, tiny_model, tiny_rows, tiny_tokenizer
 from tests.train.joint_runs import (
@@ -120,6 +123,33 @@ def test_streamed_rows(tmp_path: Path) -> None:
     trainer = joint_trainer(tmp_path / "run", train_dataset=streamed)
     trainer.train()
     require_pruned(trainer)
+
+
+def test_streamed_rows_are_refused_with_refit_at_construction(tmp_path: Path) -> None:
+    prune = prune_config(compensation={"method": "refit", "tokens": 256})
+    with pytest.raises(ConfigError, match="streamed rows"):
+        joint_trainer(tmp_path / "run", prune=prune, train_dataset=rows(40).to_iterable_dataset())
+
+
+@pytest.mark.parametrize(("processes", "size"), [(1, 4), (2, 2), (2, 3), (3, 1)])
+def test_calibration_rows_are_the_same_for_any_batch_size_and_number_of_processes(processes: int, size: int) -> None:
+    data = [{"input_ids": [i] * (5 + i % 4)} for i in range(30)]
+
+    def drawn(processes: int, size: int) -> list[int]:
+        found = []
+        for rank in range(processes):
+            trainer = SimpleNamespace(
+                train_dataset=data,
+                accelerator=SimpleNamespace(num_processes=processes, process_index=rank),
+                args=SimpleNamespace(per_device_train_batch_size=size),
+                data_collator=lambda chosen: [row["input_ids"][0] for row in chosen],
+                _prepare_inputs=lambda batch: batch,
+            )
+            found += [index for batch in calibration_batches(trainer, 100, 0) for index in batch]
+        return sorted(found)
+
+    assert drawn(processes, size) == drawn(1, 1)
+    assert 100 <= sum(5 + i % 4 for i in drawn(1, 1)) < 109
 
 
 def test_evaluation_before_the_freeze_is_deterministic_and_leaves_the_run_alone(tmp_path: Path) -> None:

@@ -190,6 +190,14 @@ def test_handlers_end_is_an_attribute_that_can_be_replaced_and_restored() -> Non
     assert "on_train_end" not in vars(handler)
 
 
+def test_model_that_was_evaluated_counts_as_prepared_until_told_otherwise(tmp_path: Path) -> None:
+    trainer = joint_trainer(tmp_path, prune=None, eval_dataset=rows(4))
+    trainer.evaluate()
+    assert vars(trainer.model)["_is_accelerate_prepared"], "this is what would keep DDP from wrapping it"
+    compat.unprepare(trainer.model)
+    assert not getattr(trainer.model, "_is_accelerate_prepared", False)
+
+
 def test_checkpoint_has_the_files_that_are_sliced(tmp_path: Path) -> None:
     trainer = sft(tmp_path, max_steps=1, save_steps=1)
     trainer.train()
