@@ -18,9 +18,6 @@ from prunetune.core.sizes import format_bytes
 
 _OPTIONAL = {
     "gguf": "reads GGUF base models, the quickstart's among them",
-    "bitsandbytes": "4-bit and 8-bit base models on a GPU",
-    "deepspeed": "plain LoRA training with configs/accelerate/zero2.yaml",
-    "lm-eval": "standard benchmarks",
     "wandb": "train.report_to: [wandb]",
     "tensorboard": "train.report_to: [tensorboard]",
 }

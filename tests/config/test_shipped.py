@@ -52,13 +52,12 @@ def test_launch_files_are_what_accelerate_reads(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     settings = load_config_from_file(str(path))
-    wanted = {"ddp": "MULTI_GPU", "multinode": "MULTI_GPU", "fsdp2": "FSDP"}.get(path.stem, "DEEPSPEED")
-    assert str(settings.distributed_type).endswith(wanted)
+    assert str(settings.distributed_type).endswith("MULTI_GPU")
     assert settings.num_processes >= 2
     head = path.read_text().split("compute_environment")[0]
     assert f"--config_file configs/accelerate/{path.name}" in head
     assert "# Needs:" in head
 
 
-def test_all_launch_files_are_there() -> None:
-    assert {path.stem for path in LAUNCHES} == {"ddp", "fsdp2", "zero2", "zero3", "multinode"}
+def test_only_engines_that_joint_runs_support_are_shipped() -> None:
+    assert {path.stem for path in LAUNCHES} == {"ddp"}
