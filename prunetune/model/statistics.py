@@ -49,7 +49,9 @@ class SecondMoments:
             if self._mask_BS is not None:
                 x_TF = x_TF[self._mask_BS.reshape(-1).bool()]
             x_TF = x_TF.float()
-            gram_FF = x_TF.T @ x_TF
+            # Autocast would round the products to 16 bit, and the sum would no longer be positive definite.
+            with torch.autocast(x_TF.device.type, enabled=False):
+                gram_FF = x_TF.T @ x_TF
             self.sums[path] = self.sums[path] + gram_FF if path in self.sums else gram_FF
 
         return add

@@ -107,3 +107,20 @@ def test_linears_are_grouped_by_what_their_sums_need():
     assert list(in_groups(list(widths), widths.__getitem__, 1)) == [["a"], ["b"], ["c"], ["d"]]
     assert list(in_groups(list(widths), widths.__getitem__, 10**9)) == [["a", "b", "c", "d"]]
     assert list(in_groups([], widths.__getitem__, 10)) == []
+
+
+def test_sums_stay_in_float32_under_autocast():
+    """Rounded to 16 bit the sums would not be positive definite, and no refit could be solved from them."""
+    model = tiny_model()
+    moments = SecondMoments(model, PATHS)
+
+    def forward(inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**inputs)
+
+    moments.run(forward, [batch(4, 16)])
+    for total in moments.sums.values():
+        assert total.dtype == torch.float32
+        # Sums of products of 16-bit numbers that were themselves rounded to 16 bit would all survive this.
+        assert not torch.equal(total, total.bfloat16().float())
+        assert torch.linalg.eigvalsh(total.double()).min() > -1e-4 * total.diagonal().max()
