@@ -153,6 +153,8 @@ class JointTrainer(GuardedTrainer):
         """
         output_dir = Path(self.args.output_dir)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, self.freeze_dir, plain=self.prune is None)
+        if checkpoint is not None:
+            note(f"going on from step {global_step(checkpoint)} ({checkpoint})")
         self._legs, self._stopped_early, result = [], False, None
         try:
             with self._interruption:
