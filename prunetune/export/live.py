@@ -62,16 +62,13 @@ def undecorated(model: nn.Module) -> Any:
 def logits(call: Any, prompts: list[list[int]], device: torch.device) -> list[Tensor]:
     """Float32 logits (S, V) on the CPU, one tensor per prompt."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        outputs = [
-            call(input_ids=torch.tensor([prompt], device=device), use_cache=False) for prompt in prompts
-        ]
+        outputs = [call(input_ids=torch.tensor([prompt], device=device), use_cache=False) for prompt in prompts]
         return [output.logits[0].float().cpu() for output in outputs]
 
 
 def largest_difference(left: list[Tensor], right: list[Tensor]) -> float:
     return max(
-        float((a - b).abs().max()) if bool(torch.isfinite(a + b).all()) else float("inf")
-        for a, b in zip(left, right)
+        float((a - b).abs().max()) if bool(torch.isfinite(a + b).all()) else float("inf") for a, b in zip(left, right)
     )
 
 

@@ -151,9 +151,7 @@ def _active(layer: Any, prefix: str) -> list[str]:
         return []
     for name in names:
         variant = layer.lora_variant.get(name)
-        is_linear_dora = (
-            type(variant) is DoraLinearVariant and isinstance(layer, LoraLinear) and len(names) == 1
-        )
+        is_linear_dora = type(variant) is DoraLinearVariant and isinstance(layer, LoraLinear) and len(names) == 1
         if variant is not None and not is_linear_dora:
             raise UnsupportedModelError(
                 f"{prefix.rstrip('.')} has an adapter of kind {type(variant).__name__}, which has no exact merge "

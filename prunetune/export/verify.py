@@ -228,9 +228,7 @@ def _fresh_process(
     if answer["faults"]:
         raise ExportError("the export did not verify, it was discarded: " + "; ".join(answer["faults"]))
     if not answer["class"].startswith("transformers."):
-        raise ExportError(
-            f"the export did not verify: it opened as {answer['class']}, which is not a stock class"
-        )
+        raise ExportError(f"the export did not verify: it opened as {answer['class']}, which is not a stock class")
     return answer
 
 
@@ -260,9 +258,7 @@ def _run(scratch: Path, limit_s: float) -> None:
         ) from error
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-6:])
-        raise ExportError(
-            f"the export did not verify: stock transformers could not use it. It was discarded.\n{tail}"
-        )
+        raise ExportError(f"the export did not verify: stock transformers could not use it. It was discarded.\n{tail}")
 
 
 def _continuation_gap(

@@ -132,11 +132,7 @@ def _writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in _FULL or "No space left" in str(error)
         reason = "the disk is full" if full else f"writing failed ({error})"
-        advice = (
-            "free some space or choose a folder on another disk"
-            if full
-            else "check the folder's disk and rights"
-        )
+        advice = "free some space or choose a folder on another disk" if full else "check the folder's disk and rights"
         raise ExportError(
             f"the export to {folder} was given up: {reason}; {advice}. "
             "The partial files were removed and nothing that stood there was changed."
@@ -178,15 +174,11 @@ def probe(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(reread, trust_remote_code=False)
     except (ValueError, StrictDataclassError) as error:
-        raise ExportError(
-            f"transformers {version('transformers')} refuses the exported config: {error}"
-        ) from error
+        raise ExportError(f"transformers {version('transformers')} refuses the exported config: {error}") from error
     tied = set(getattr(plain, "all_tied_weights_keys", None) or {})
     wanted = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items() if name not in tied}
     if type(plain).__name__ != config.architectures[0]:
-        raise ExportError(
-            f"the config opens as {type(plain).__name__}, but the model is {config.architectures[0]}"
-        )
+        raise ExportError(f"the config opens as {type(plain).__name__}, but the model is {config.architectures[0]}")
     faults = [
         f"{name}: config says {wanted.get(name, 'no such tensor')}, the model has {shapes.get(name, 'none')}"
         for name in sorted(wanted.keys() | shapes.keys())

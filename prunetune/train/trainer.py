@@ -19,11 +19,10 @@ from prunetune.config.schema import PruneConfig
 from prunetune.core.console import note
 from prunetune.core.errors import ConfigError, PlanMismatchError, Problem
 from prunetune.core.files import read_json
-from prunetune.core.streams import stream
 from prunetune.methods.compensation import build_compensation
 from prunetune.methods.masks import check_mask
 from prunetune.model.architecture import Architecture, describe
-from prunetune.model.budget import Shape, describe_kept, full_shape, kept_fractions, plan_shape
+from prunetune.model.budget import Shape, describe_kept, full_shape, kept_fractions, plan_shape, total_params
 from prunetune.model.gates import GateSet
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
@@ -45,12 +44,12 @@ from prunetune.train.freeze import (
     apply_updates,
     compensated_weights,
     load_updates,
-    require_equal,
     write_freeze,
 )
 from prunetune.train.guarded import GuardedTrainer
 from prunetune.train.joint import JointSearch, hard_gates, reducer
 from prunetune.train.legs import joined
+from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
 
 
 class JointTrainer(GuardedTrainer):
@@ -342,10 +341,12 @@ class JointTrainer(GuardedTrainer):
         self.model.eval()
         surgery = Surgery(self.dense, plan)
         updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
-        masked = self._probe()
+        exact = total_params(self.dense, full_shape(self.dense)) <= EXACT_LIMIT_PARAMETERS
+        masked = probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=exact)
         gates.detach()
         slice_model(self.model, plan)
-        require_equal(masked, self._probe(), next(base_model(self.model).parameters()).dtype)
+        sliced = probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=exact)
+        require_equal(masked, sliced, self.model, exact=exact)
         self.plan = plan
         return surgery, updates
 
@@ -389,11 +390,3 @@ class JointTrainer(GuardedTrainer):
                 "the processes decided on different plans, so their gate scores differ; check that all of them run the "
                 "same versions on the same data"
             )
-
-    @torch.no_grad()
-    def _probe(self) -> Tensor:
-        """Logits of a fixed batch in the weights' own dtype, dropout off."""
-        vocabulary = self.dense.vocab_size
-        ids = torch.from_numpy(stream(0, "freeze.probe").integers(0, vocabulary, (2, 16))).to(self.args.device)
-        self.model.eval()
-        return base_model(self.model)(input_ids=ids, use_cache=False).logits.float()

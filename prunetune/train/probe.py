@@ -1,0 +1,61 @@
+"""Masked equals sliced, checked on the live model at the freeze: logits of a fixed batch before and after the cut."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetune.core.errors import PlanMismatchError
+from prunetune.core.streams import stream
+from prunetune.model.surgery import base_model
+
+# float32 moves the logits of a real 135M model by 3e-4 (its largest activations are in the thousands), so a sharp
+# check needs float64: there the difference is 0. A float64 copy of a larger model may not fit beside it.
+EXACT_LIMIT_PARAMETERS = 1_000_000_000
+EXACT_BOUND = 1e-6
+
+
+def probe_logits(model: nn.Module, vocabulary: int, device: Any, *, exact: bool) -> Tensor:
+    """(2, 16, V) float64 logits of a fixed batch, dropout off; ``exact``: in float64 arithmetic, else in the weights' own."""
+    ids = torch.from_numpy(stream(0, "freeze.probe").integers(0, vocabulary, (2, 16))).to(device)
+    model.eval()
+    arithmetic = _in_float64(model) if exact else contextlib.nullcontext()
+    with torch.no_grad(), arithmetic:
+        return base_model(model)(input_ids=ids, use_cache=False).logits.double()
+
+
+def require_equal(masked: Tensor, sliced: Tensor, model: nn.Module, *, exact: bool) -> None:
+    """Raises PlanMismatchError unless slicing left the logits of the masked model as they were.
+
+    Args:
+        masked: logits of the dense model with closed gates.
+        sliced: logits of the sliced model, before compensation.
+        model: the sliced model. exact: whether both were computed in float64.
+    """
+    difference, bound = float((masked - sliced).abs().max()), EXACT_BOUND
+    if not exact:
+        # The two models add in different orders; the exact comparison is then the one at export.
+        bound = 64 * torch.finfo(next(base_model(model).parameters()).dtype).eps * float(masked.abs().max())
+    if not difference <= bound:
+        raise PlanMismatchError(
+            f"slicing changed the model: logits differ by {difference:.2e} from the masked model (bound {bound:.2e}). "
+            "The unit table of this family does not fit this model; the last checkpoint is as it was."
+        )
+
+
+@contextlib.contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """All floating tensors of the model in float64; the very same tensors are put back afterwards."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}.values()
+    kept = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.double()
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
