@@ -20,7 +20,7 @@ EXACT_BOUND = 1e-6
 
 
 def probe_logits(model: nn.Module, vocabulary: int, device: Any, *, exact: bool) -> Tensor:
-    """(2, 16, V) float64 logits of a fixed batch, dropout off; ``exact``: in float64 arithmetic, else in the weights' own."""
+    """(2, 16, V) float64 logits of a fixed batch; ``exact``: in float64 arithmetic, else in the weights' own."""
     ids = torch.from_numpy(stream(0, "freeze.probe").integers(0, vocabulary, (2, 16))).to(device)
     model.eval()
     arithmetic = _in_float64(model) if exact else contextlib.nullcontext()

@@ -66,9 +66,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     return out, launch(2, out)
 
 
-def test_two_processes_decide_and_compute_what_one_does(
-    two: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_two_processes_decide_and_compute_what_one_does(two: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     out, (first, second) = two
     [alone] = launch(1, tmp_path / "one", rows=4)
     assert first["engine"] == "MULTI_CPU", "what accelerate calls a MULTI_GPU launch on CPUs"

@@ -61,9 +61,7 @@ def test_lora_bias_is_merged():
 
 def test_several_active_adapters_add_up():
     tuned = adapt(base_of("llama"))
-    tuned.add_adapter(
-        "second", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
-    )
+    tuned.add_adapter("second", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False))
     tuned.base_model.set_adapter(["default", "second"])
     tuned.eval()
     assert difference(tuned, reload(tuned)) < 2e-5
@@ -73,9 +71,7 @@ def test_transposed_weights_are_merged_in_their_own_orientation():
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99, n_positions=64))
     for options in ({}, {"use_dora": True}):
-        tuned = adapt(
-            GPT2LMHeadModel(base.config), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **options
-        )
+        tuned = adapt(GPT2LMHeadModel(base.config), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **options)
         assert difference(tuned, reload(tuned)) < 2e-5
 
 
@@ -99,9 +95,7 @@ def test_names_are_the_plain_models_and_ties_come_once():
 def test_a_tie_that_training_broke_is_written_out(variant):
     tuned = adapt(base_of("llama_tied_mha"), **VARIANTS[variant])
     assert not ties_hold(tuned)
-    assert {"lm_head.weight", "model.embed_tokens.weight"} <= {
-        source.name for source in untied_sources(tuned)
-    }
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= {source.name for source in untied_sources(tuned)}
 
 
 def test_the_sum_is_rounded_once():

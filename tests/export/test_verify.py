@@ -27,8 +27,7 @@ def state_of(model):
 def unchanged(model, before):
     after = model.state_dict()
     return all(
-        after[name].dtype == dtype and torch.equal(after[name], value)
-        for name, (dtype, value) in before.items()
+        after[name].dtype == dtype and torch.equal(after[name], value) for name, (dtype, value) in before.items()
     )
 
 
@@ -54,11 +53,15 @@ def test_sixteen_bit_export_is_exact_up_to_its_stated_rounding(tmp_path):
     assert unchanged(model, before)
 
 
-def test_autocast_around_the_live_model_is_seen_through():
+def test_autocast_around_the_live_model_is_seen_through(request: pytest.FixtureRequest):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     model, prompts, device = base_of("llama"), [[5, 6, 7]], torch.device("cpu")
     plain = live.logits(live.undecorated(model), prompts, device)
+    # Accelerate keeps one state a process; a trainer of another test may have set it differently.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     assert not torch.equal(prepared(torch.tensor(prompts)).logits[0], plain[0])
     assert torch.equal(live.logits(live.undecorated(prepared), prompts, device)[0], plain[0])
@@ -70,9 +73,7 @@ def test_one_flipped_bit_is_found(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"].view(torch.int32)[77, 3] ^= 1  # a row that no prompt may use
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ExportError, match=r"model\.embed_tokens\.weight in model\.safetensors is not the tensor"
-    ):
+    with pytest.raises(ExportError, match=r"model\.embed_tokens\.weight in model\.safetensors is not the tensor"):
         verify_export(model, TOKENIZER, folder, torch.float32)
 
 
@@ -150,9 +151,7 @@ def test_a_process_that_hangs_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(
         subprocess,
         "run",
-        lambda command, **kw: real(
-            [sys.executable, "-c", "import time; time.sleep(60)"], **{**kw, "timeout": 0.5}
-        ),
+        lambda command, **kw: real([sys.executable, "-c", "import time; time.sleep(60)"], **{**kw, "timeout": 0.5}),
     )
     with pytest.raises(ExportError, match="was not done after"):
         verify._run(tmp_path, 0.5)

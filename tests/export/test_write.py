@@ -163,9 +163,7 @@ def test_probe_lists_what_does_not_fit():
     probe(config, shapes)
     wrong = copy.deepcopy(config)
     wrong.intermediate_size = 40
-    with pytest.raises(
-        ExportError, match=r"9 tensors do not fit(.|\n)*mlp.down_proj.weight: config says \(48, 40\)"
-    ):
+    with pytest.raises(ExportError, match=r"9 tensors do not fit(.|\n)*mlp.down_proj.weight: config says \(48, 40\)"):
         probe(wrong, shapes)
     del shapes["model.norm.weight"]
     with pytest.raises(ExportError, match=r"model\.norm\.weight: config says \(48,\), the model has none"):
