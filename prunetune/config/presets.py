@@ -127,10 +127,14 @@ def _phases(config: RunConfig, steps: int | None) -> list[Derived]:
         Derived(
             "rate warm-up",
             rise or f"{train.warmup_steps:.0%} of all steps",
-            f"train.warmup_steps {train.warmup_steps:g}, then {train.scheduler}",
+            f"train.warmup_steps {train.warmup_steps:g}, then {_after_rise(train.scheduler)}",
         ),
     ]
 
 
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count} steps"
+
+
+def _after_rise(scheduler: str) -> str:
+    return "full until the freeze, falling to 0 after it" if scheduler == "warmup_stable_decay" else scheduler

@@ -155,7 +155,9 @@ class TrainSection(Section):
     batch_size: int = Field(8, ge=1, description="rows per device and micro-batch")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
     learning_rate: float = Field(1e-3, gt=0)
-    scheduler: str = "cosine"
+    scheduler: str = Field(
+        "warmup_stable_decay", description="default: full rate until the freeze, then down to zero with the small model"
+    )
     warmup_steps: float = Field(0.05, ge=0, description="steps, or a share of all steps if below 1")
     max_length: int = Field(512, ge=8, description="tokens; longer rows are cut at the end")
     packing: bool = False
