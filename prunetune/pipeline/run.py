@@ -109,7 +109,9 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         return RunReport(config.folder, done.exported, ())
     folders["compact"] = export_folder(config)
     results = _evaluate(config, folders, data) if config.evaluate.enabled else ()
-    write_reports(config.folder, _facts(config, prepared, data, done))
+    write_reports(
+        config.folder, _facts(config, prepared, data, done) | {"conversational": bool(tokenizer.chat_template)}
+    )
     _closing(config, results)
     return RunReport(config.folder, done.exported, tuple(results))
 
@@ -212,8 +214,6 @@ def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: D
         "base_model": config.model.name,
         "base_licence": prepared.licence,
         "data": data.description,
-        "data_licence": data.facts.get("licence"),
-        "conversational": bool(data.facts.get("conversational")),
         "budget": done.budget,
         "mask": config.mask.method,
         "compensation": config.compensation.method,

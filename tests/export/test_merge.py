@@ -1,12 +1,12 @@
 import pytest
 import torch
-from export_support import FAMILIES, adapt, base_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prunetune.core.errors import UnsupportedModelError
 from prunetune.export.merge import base_model, merged_tensors, ties_hold, untied_sources
+from tests.export.export_support import FAMILIES, adapt, base_of
 
 IDS = torch.arange(3, 27)[None]
 

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
-from export_support import adapt, base_of
 from safetensors.torch import load_file, save_file
 
 from prunetune.core.errors import ExportError
 from prunetune.export import _verify_process, live, verify
 from prunetune.export.verify import TOLERANCE, verify_export
 from prunetune.export.write import METADATA_FILE, export_model
+from tests.export.export_support import adapt, base_of
 from tests.support import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(chat=True)

@@ -5,7 +5,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-from export_support import FAMILIES, adapt, base_of
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +15,7 @@ from prunetune.model.architecture import describe
 from prunetune.model.plan import Plan
 from prunetune.model.shards import ShardReader
 from prunetune.model.surgery import slice_model
+from tests.export.export_support import FAMILIES, adapt, base_of
 from tests.support import random_plan, tiny_tokenizer
 
 
