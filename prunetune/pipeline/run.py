@@ -17,7 +17,7 @@ from prunetune.config.presets import derive, export_folder, total_steps
 from prunetune.config.schema import PruneConfig, RunConfig
 from prunetune.core.console import console, is_main_process, note
 from prunetune.core.records import DataBundle, EvalResult, ExportedModel, PreparedModel
-from prunetune.data.load import load_bundle
+from prunetune.data.load import PYDOCS, load_bundle
 from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
 from prunetune.methods.compensation import COMPENSATIONS
 from prunetune.methods.masks import MASKS
@@ -37,6 +37,7 @@ from prunetune.train.settings import lora_config, sft_config
 # Rows of the short validations during training; the evaluation at the end has its own, larger number.
 WATCHED_ROWS = 64
 METRICS = "metrics.jsonl"
+PYDOCS_LICENCE = "documentation of Python and of the installed packages, each under its own licence"
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,8 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         return RunReport(config.folder, done.exported, ())
     folders["compact"] = export_folder(config)
     results = _evaluate(config, folders, data) if config.evaluate.enabled else ()
-    write_reports(
-        config.folder, _facts(config, prepared, data, done) | {"conversational": bool(tokenizer.chat_template)}
-    )
+    facts = _facts(config, prepared, data, done)
+    write_reports(config.folder, facts | {"conversational": bool(tokenizer.chat_template)})
     _closing(config, results)
     return RunReport(config.folder, done.exported, tuple(results))
 
@@ -214,6 +214,7 @@ def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: D
         "base_model": config.model.name,
         "base_licence": prepared.licence,
         "data": data.description,
+        "data_licence": PYDOCS_LICENCE if config.data.train == PYDOCS else "",
         "budget": done.budget,
         "mask": config.mask.method,
         "compensation": config.compensation.method,

@@ -48,7 +48,8 @@ def kept_units_figure(plan: Plan, scores: Mapping[str, np.ndarray[Any, Any]] | N
         handles: dict[str, Any] = {"stays": Patch(color=BLUE), "removed": Patch(color=GREY)}
         if dots is not None:
             handles["share of the layer's score that stays (right edge = 100%)"] = dots
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False)
+        columns = 3 if len(kinds) > 1 else 1  # one narrow panel would cut a legend of three columns off
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
