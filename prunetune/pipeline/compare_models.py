@@ -10,6 +10,7 @@ from prunetune.core.records import EvalResult
 from prunetune.data import prepare, prose, sources, split
 from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
 from prunetune.model.resolve import resolve_model
+from prunetune.pipeline.quiet import quiet_libraries
 
 
 def compare_models(
@@ -33,6 +34,7 @@ def compare_models(
     Raises:
         DataError: the rows cannot be read. UnsupportedModelError: a model is not found or not supported.
     """
+    quiet_libraries()
     folders = {}
     for name in names:
         label = Path(name).name

@@ -17,6 +17,7 @@ from prunetune.export.write import export_model
 from prunetune.model.resolve import resolve_model
 from prunetune.pipeline.folder import read_config
 from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer, load_trained
+from prunetune.pipeline.quiet import quiet_libraries
 from prunetune.pipeline.trainer import PruneTuneTrainer
 from prunetune.train.freeze import FREEZE, SCORES_FILE
 from prunetune.train.settings import sft_config
@@ -40,6 +41,7 @@ def export_run(
     Raises:
         PrunetuneError: the run has nothing to export yet, the target is impossible, or the export failed.
     """
+    quiet_libraries()
     config = read_config(Path(folder))
     prepared = resolve_model(config.model.name, config.model.revision)
     dtype = dtype or config.export.dtype

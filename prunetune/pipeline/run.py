@@ -5,13 +5,9 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import datasets
-import transformers
 
 from prunetune.config.presets import derive, export_folder, total_steps
 from prunetune.config.schema import PruneConfig, RunConfig
@@ -27,6 +23,7 @@ from prunetune.model.planner import Planner
 from prunetune.model.resolve import resolve_model
 from prunetune.pipeline.folder import open_folder
 from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer
+from prunetune.pipeline.quiet import quiet_libraries
 from prunetune.pipeline.trainer import PruneTuneTrainer
 from prunetune.report.table import before_after_table
 from prunetune.report.write import write_reports
@@ -77,7 +74,7 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         PrunetuneError: with what was set, why it cannot work, and what to set instead.
         KeyboardInterrupt: after Ctrl-C, once everything is saved.
     """
-    _quiet_libraries()
+    quiet_libraries()
     # The budget is checked before anything is written or loaded.
     prepared = resolve_model(config.model.name, config.model.revision)
     Planner(describe(prepared.config), config.target, config.export.dtype)
@@ -114,13 +111,6 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
     write_reports(config.folder, facts | {"conversational": bool(tokenizer.chat_template)})
     _closing(config, results)
     return RunReport(config.folder, done.exported, tuple(results))
-
-
-def _quiet_libraries() -> None:
-    """The run draws its own progress; the libraries' bars and notes on their own renamings would bury it."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b")
 
 
 def train(

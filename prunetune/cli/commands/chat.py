@@ -16,6 +16,9 @@ def chat(
     """Chat with a model folder; /new forgets the conversation, /quit (or end of input) leaves."""
     from prunetune.cli.conversation import Conversation, load, questions
     from prunetune.core.console import console, note
+    from prunetune.pipeline.quiet import quiet_libraries
+
+    quiet_libraries()
 
     model, tokenizer = load(folder)
     talk = Conversation(model, tokenizer, system, max_new_tokens, temperature)
