@@ -30,17 +30,6 @@ class PreparedModel:
 
 
 @dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves behind: the trainer's output folder, the frozen plan (None if nothing was pruned)."""
-
-    folder: Path
-    plan_file: Path | None
-    steps: int
-    seconds: float
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
 class ExportedModel:
     """An ordinary model folder and what its verification measured."""
 
