@@ -8,6 +8,7 @@ Legend: B batch, S sequence, F features of the gated tensor, U units, T = B * S 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,34 +35,54 @@ class GateStatistics:
 
 
 class _Gate(torch.autograd.Function):
-    """y = x * gate, with the gate's gradient reduced in float32 and, if asked, its per-token squares."""
+    """y = x * gate, with the gate's gradient reduced in float32 and, if asked, its per-token squares.
+
+    ``product`` is the autograd node that made x as a product of two tensors which the graph keeps anyway: then x
+    is multiplied again in backward, bit for bit, instead of being kept beside y.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_BSF: Tensor, gate_U: Tensor, block: int, square_U: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x_BSF: Tensor, gate_U: Tensor, block: int, square_U: Tensor | None, product: Any = None
+    ) -> Tensor:
         gate_F = gate_U.to(x_BSF.dtype)
         if block > 1:
             gate_F = gate_F.repeat_interleave(block)
-        ctx.save_for_backward(x_BSF, gate_F)
-        ctx.block, ctx.units, ctx.square_U = block, gate_U.shape[0], square_U
+        ctx.save_for_backward(gate_F, *([x_BSF] if product is None else []))
+        ctx.block, ctx.units, ctx.square_U, ctx.product = block, gate_U.shape[0], square_U, product
         return x_BSF * gate_F
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         [grad_BSF] = grads
-        x_BSF, gate_F = ctx.saved_tensors
-        grad_U = _reduce(grad_BSF.flatten(0, -2), x_BSF.flatten(0, -2), ctx.units, ctx.block, ctx.square_U)
-        return grad_BSF * gate_F, grad_U, None, None
+        gate_F, *factors = ctx.saved_tensors
+        if ctx.product is not None:
+            factors = [ctx.product._saved_self, ctx.product._saved_other]
+        rows = [factor.flatten(0, -2) for factor in factors]
+        grad_U = _reduce(grad_BSF.flatten(0, -2), rows, ctx.units, ctx.block, ctx.square_U)
+        return grad_BSF * gate_F, grad_U, None, None, None
 
 
-def _reduce(grad_TF: Tensor, x_TF: Tensor, units: int, block: int, square_U: Tensor | None) -> Tensor:
+def _product_node(x: Tensor) -> Any:
+    """The node that made x by multiplying two kept tensors of its own shape; None if it was made otherwise."""
+    node = x.grad_fn
+    if node is None or node.name() != "MulBackward0":
+        return None
+    factors = getattr(node, "_saved_self", None), getattr(node, "_saved_other", None)
+    return node if all(factor is not None and factor.shape == x.shape for factor in factors) else None
+
+
+def _reduce(grad_TF: Tensor, factors: list[Tensor], units: int, block: int, square_U: Tensor | None) -> Tensor:
     """(U,) float32: sum over tokens and a unit's features of grad * x; adds the squares of its tokens' sums.
 
-    A CPU works through blocks of tokens that stay in its cache; a GPU takes all at once.
+    x is the product of ``factors``, each (T, F). A CPU works through blocks of tokens that stay in its cache; a GPU
+    takes all at once.
     """
     rows = grad_TF.shape[0] if grad_TF.is_cuda else max(1, 2**19 // grad_TF.shape[1])
     sum_U = torch.zeros(units, device=grad_TF.device)
-    for grad_tF, x_tF in zip(grad_TF.split(rows), x_TF.split(rows), strict=True):
-        product = grad_tF.float() * x_tF.float()
+    blocks = zip(grad_TF.split(rows), *(factor.split(rows) for factor in factors), strict=True)
+    for grad_tF, *factors_tF in blocks:
+        product = grad_tF.float() * math.prod(factors_tF[1:], start=factors_tF[0]).float()
         if units == 1:
             product = product.sum(-1, keepdim=True)
         elif block > 1:
@@ -79,14 +100,19 @@ class GateSet:
         model: the plain transformers model (for a PeftModel, its ``get_base_model()``).
         sites: the sites to gate.
         record_squares: also sum per-token squared gradients (a little slower).
+        recompute: multiply an MLP's two halves again in backward rather than keep their product too. Only where
+            nothing else hooks saved tensors: activation checkpointing and offloading hand each out only once.
 
     Raises:
         UnsupportedModelError: a module named by the family's table is missing.
     """
 
-    def __init__(self, model: nn.Module, sites: Iterable[Site], *, record_squares: bool = False):
+    def __init__(
+        self, model: nn.Module, sites: Iterable[Site], *, record_squares: bool = False, recompute: bool = False
+    ):
         self.sites = tuple(sites)
         self.record_squares = record_squares
+        self._recompute = recompute
         self._model = model
         self._values: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
@@ -154,7 +180,8 @@ class GateSet:
 
     def _input_hook(self, site: Site) -> Any:
         def gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            gated = _Gate.apply(args[0], self._values[site.name], site.block, self._square(site))
+            product = _product_node(args[0]) if self._recompute else None
+            gated = _Gate.apply(args[0], self._values[site.name], site.block, self._square(site), product)
             return (gated, *args[1:])
 
         return gate_input

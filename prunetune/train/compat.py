@@ -17,7 +17,7 @@ from prunetune.core.errors import ConfigError, Problem
 # Optimizers whose state has the shape of the parameters, so that it can be sliced with them.
 SLICEABLE_OPTIMIZERS = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
 
-__all__ = ["SLICEABLE_OPTIMIZERS", "one_run", "quiet_progress", "refusals", "rotate_checkpoints"]
+__all__ = ["SLICEABLE_OPTIMIZERS", "hooks_saved_tensors", "one_run", "quiet_progress", "refusals", "rotate_checkpoints"]
 
 
 def refusals(trainer: Any, optimizer: Any) -> list[Problem]:
@@ -111,6 +111,12 @@ def quiet_progress(trainer: Any) -> None:
     """Removes the progress bar and printer of transformers; prunetune draws one bar across the freeze."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+
+
+def hooks_saved_tensors(trainer: Any) -> bool:
+    """Whether activations are recomputed or offloaded: then a tensor kept for backward can be read once only."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    return bool(args.gradient_checkpointing or args.activation_offloading or model.is_activation_checkpointing)
 
 
 def unprepare(model: Any) -> None:

@@ -25,13 +25,16 @@ class JointSearch:
         prune: the user's settings.
         planner: what finds plans for this model and target.
         phases: the run's phases in optimizer steps.
+        recompute: see GateSet.
     """
 
-    def __init__(self, model: nn.Module, prune: PruneConfig, planner: Planner, phases: PhaseSteps):
+    def __init__(
+        self, model: nn.Module, prune: PruneConfig, planner: Planner, phases: PhaseSteps, *, recompute: bool = False
+    ):
         self.planner, self.phases, self._prune = planner, phases, prune
         self.mask = build_mask(prune.mask.method, prune.mask.options(), MaskContext(planner, phases, prune.seed))
         squares = MASKS.get(prune.mask.method).record_squares
-        self.gate_set = GateSet(base_model(model), planner.sites, record_squares=squares)
+        self.gate_set = GateSet(base_model(model), planner.sites, record_squares=squares, recompute=recompute)
         self.gate_set.attach()
 
     def phase(self, step: int) -> str:

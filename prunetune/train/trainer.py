@@ -249,7 +249,8 @@ class JointTrainer(GuardedTrainer):
             return
         phases = phase_steps(self.prune.phases, state.max_steps)
         self._end_search()
-        self._search = JointSearch(self.model, self.prune, self.planner, phases)
+        again = not compat.hooks_saved_tensors(self)
+        self._search = JointSearch(self.model, self.prune, self.planner, phases, recompute=again)
         if self._resumed_from is not None:
             self._search.mask.load_state_dict(load_mask(self._resumed_from))
         self._search.begin_step(state.global_step)

@@ -3,8 +3,8 @@
     python scripts/bench/step_time.py --model smollm2-135m --out step_time.json
 
 Time: the three kinds of step take turns on the same batches in one process; ratios are medians over turns with
-quartiles. Memory: each kind runs alone in a fresh process. The recover ratio is held against the small model's
-share of the plain step's FLOPs.
+quartiles. Memory: each kind runs alone in a fresh process. The recover ratio is held against its share of the plain
+step's matrix FLOPs, which torch counts.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads distort shared machines
 
 import torch
 from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from prunetune.config.schema import RunConfig
 from prunetune.core.files import write_json
 from prunetune.core.streams import stream
 from prunetune.evaluate.memory import peak_resident_bytes
-from prunetune.model.budget import flops_per_token, full_shape
 from prunetune.model.resolve import resolve_model
 from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.trainer import PruneTuneTrainer
@@ -83,6 +82,7 @@ def parse() -> argparse.Namespace:
 def stepper(kind: str, options: argparse.Namespace) -> Callable[[], float]:
     """A function that takes one whole optimizer step and returns its seconds."""
     trainer = build(kind, options)
+    trainer.model = trainer.accelerator.prepare_model(trainer.model)  # bfloat16 arithmetic, as in train()
     trainer.create_optimizer()
     trainer.model.train()
     if kind == "search":
@@ -105,10 +105,6 @@ def stepper(kind: str, options: argparse.Namespace) -> Callable[[], float]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    if kind == "recover":
-        shapes = trainer.shape, full_shape(trainer.dense)
-        small, dense = (flops_per_token(trainer.dense, shape, options.length // 2) for shape in shapes)
-        step.flop_share = small / dense  # type: ignore[attr-defined]
     return step
 
 
@@ -144,16 +140,18 @@ def build(kind: str, options: argparse.Namespace) -> PruneTuneTrainer:
 
 
 def measure_times(options: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
-    """(kind -> seconds of each turn, FLOP share of the recover model)."""
+    """(kind -> seconds of each turn, a recover step's matrix FLOPs over a plain step's, backward included)."""
     steppers = {kind: stepper(kind, options) for kind in KINDS}
-    for step in steppers.values():
-        step()
+    flops = {}
+    for kind, step in steppers.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops[kind] = counter.get_total_flops()
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(options.repeats):
         for kind, step in steppers.items():
             times[kind].append(step())
-    recover: Any = steppers["recover"]
-    return times, recover.flop_share
+    return times, flops["recover"] / flops["plain"]
 
 
 def measure_memory(kind: str, options: argparse.Namespace) -> int:

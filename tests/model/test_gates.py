@@ -298,3 +298,55 @@ def test_a_half_open_layer_is_half_as_loud(model_type):
         logits(model)
     torch.testing.assert_close(added[1], added[0] / 2)
     assert added[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_recomputed_products_change_no_bit_and_are_not_kept(model_type):
+    model = get_peft_model(tiny_model(model_type), LORA)
+
+    def step(recompute):
+        base = base_model(model)
+        sites_ = sites(describe(base.config), ("mlp_channels", "kv_groups"))
+        gates = GateSet(base, sites_, record_squares=True, recompute=recompute)
+        gates.attach()
+        gates.set({site.name: torch.linspace(0, 1, site.size) for site in gates.sites})
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            loss_of(model).backward()
+        found = gates.collect()
+        gates.detach()
+        result = gradients(model), found.grad, found.square
+        model.zero_grad()
+        return result
+
+    for ours, kept in zip(step(True), step(False), strict=True):
+        assert_all_close(ours, kept, atol=0, rtol=0)
+
+
+def saved_bytes(model, recompute):
+    """Bytes that one forward keeps for backward."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    base = base_model(model)
+    gates = None
+    if recompute is not None:
+        gates = GateSet(base, sites(describe(base.config), ("mlp_channels",)), recompute=recompute)
+        gates.attach()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        loss_of(model)
+    if gates is not None:
+        gates.detach()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_gates_keep_no_second_copy_of_an_mlps_activations():
+    model = get_peft_model(tiny_model(), LORA)
+    plain, ours, kept = (saved_bytes(model, recompute) for recompute in (None, True, False))
+    config = base_model(model).config
+    rows = 2 * 9 * config.num_hidden_layers
+    assert kept - ours == rows * config.intermediate_size * 2, "x, in bfloat16"
+    assert ours - plain <= config.num_hidden_layers * config.intermediate_size * 2, "one row of gates a layer"
