@@ -1,0 +1,91 @@
+"""Token methods: which target tokens the loss should see. One file is one method: a score per token, higher = keep.
+
+Scope, budget, floor and protected tokens are the same for all of them and live in ``choose_tokens``.
+Legend: N rows, T target tokens of all rows together.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.registry import Registry
+from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.model.score_table import ScoreTable
+
+Scope = Literal["sample", "all"]
+
+
+class TokenMethod(ABC):
+    """A method that ranks target tokens.
+
+    Args:
+        options: the method's own options.
+        seed: of the run; only methods that draw by lot use it, through ``core.streams``.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    # Whether it can work on the rows of one step, and whether dropped tokens leave the text (default: only the loss).
+    online: ClassVar[bool] = True
+    removes: ClassVar[bool] = False
+
+    def __init__(self, options: MethodOptions, seed: int = 0):
+        self.options = options
+        self.seed = seed
+
+    @abstractmethod
+    def scores(self, table: ScoreTable) -> np.ndarray:
+        """(T,) float64, higher is kept first; tokens with a score that is not finite are kept last."""
+
+
+TOKENS: Registry[type[TokenMethod]] = Registry("token method", "prunetune.methods.tokens")
+
+
+def build_tokens(method: str, options: Mapping[str, Any], seed: int = 0) -> TokenMethod:
+    """The token method called ``method``; raises ConfigError for unknown names, options and values."""
+    kind = TOKENS.get(method)
+    return kind(parse_options("data.tokens", method, kind.Options, options), seed)
+
+
+def check_tokens(method: str, options: Mapping[str, Any]) -> list[Problem]:
+    """The problems that ``build_tokens`` would raise."""
+    try:
+        build_tokens(method, options)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def choose_tokens(
+    method: TokenMethod,
+    table: ScoreTable,
+    kept: float,
+    *,
+    rows: np.ndarray | None = None,
+    scope: Scope = "sample",
+    floor: float = 0.1,
+) -> np.ndarray:
+    """Which target tokens stay in the loss.
+
+    Args:
+        method: what ranks them.
+        table: the rows that are kept.
+        kept: fraction of all target tokens of the table that stays. With ``scope`` sample every prunable row keeps
+            this fraction of its own (rounded up); with all the budget is common, and what rows outside ``rows`` keep
+            counts toward it.
+        rows: (N,) bool, rows whose tokens may be dropped; None: all.
+        scope: ``sample`` ranks inside each row, ``all`` across the rows.
+        floor: every row keeps at least this fraction of its targets, and at least one.
+
+    Returns:
+        (T,) bool. Protected tokens and tokens of rows outside ``rows`` are always kept; the fraction is met exactly
+        (``all``: rounded to a token) unless those and the floors do not allow it.
+    """
+    table.require(method.needs, type(method).__name__)
+    raise NotImplementedError
