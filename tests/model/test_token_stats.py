@@ -134,3 +134,49 @@ def test_adapters_count_and_a_head_adapter_is_refused():
     on_head = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(UnsupportedModelError, match="leave lm_head out"):
         token_statistics(on_head, ids, labels, attention)
+
+
+def test_el2n_and_residual_equal_their_definitions(monkeypatch):
+    monkeypatch.setattr("prunetune.model.token_stats._VOCAB_BLOCK", 40)
+    model = tiny_model("qwen2")
+    ids, labels, attention = batch()
+    stats = token_statistics(model, ids, labels, attention, block_bytes=2 * 4 * 40)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].double()
+    probs = logits.softmax(-1)
+    targets = labels[:, 1:].clamp_min(0)
+    onehot = nn.functional.one_hot(targets, VOCAB).double()
+    el2n = (probs - onehot).norm(dim=-1) * stats.mask
+    residual = ((probs - onehot) * logits).sum(-1) * stats.mask
+    assert torch.allclose(stats.el2n.double(), el2n, atol=2e-5)
+    assert torch.allclose(stats.residual.double(), residual, atol=2e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("block_bytes", "strip"), [(2**20, 16384), (7 * 4 * 30, 30), (1, 10)])
+def test_gradient_norms_equal_autograd(monkeypatch, block_bytes, strip, bias):
+    monkeypatch.setattr("prunetune.model.token_stats._VOCAB_BLOCK", strip)
+    torch.manual_seed(3)
+    head = nn.Linear(16, VOCAB, bias=bias)
+    sizes = [5, 0, 1, 9, 4]
+    hidden, target = 3 * torch.randn(sum(sizes), 16), torch.randint(0, VOCAB, (sum(sizes),))
+    target[:3] = target[0]  # a target that comes twice
+    stats = head_statistics(head, hidden, target, block_bytes=block_bytes, row_sizes=sizes)
+    plain = head_statistics(head, hidden, target)
+    assert torch.allclose(stats.nll, plain.nll, atol=1e-5)
+    exact = nn.Linear(16, VOCAB, bias=bias).double()
+    exact.load_state_dict(head.state_dict())
+    start, residual = 0, []
+    for size, norm in zip(sizes, stats.grad_norm, strict=True):
+        span = slice(start, start + size)
+        start += size
+        if size == 0:
+            assert norm == 0
+            continue
+        exact.zero_grad()
+        nn.functional.cross_entropy(exact(hidden[span].double()), target[span]).backward()
+        assert float(norm) == pytest.approx(float(exact.weight.grad.norm()), rel=1e-5)
+        residual.append((float((exact.weight * exact.weight.grad).sum()), float(stats.residual[span].mean())))
+    if not bias:
+        for ours, theirs in residual:
+            assert ours == pytest.approx(theirs, abs=1e-5)
