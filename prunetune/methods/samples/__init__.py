@@ -16,6 +16,7 @@ import numpy as np
 from prunetune.core.errors import ConfigError, Problem
 from prunetune.core.registry import Registry
 from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.methods.ranking import best_first, name_ranks
 from prunetune.model.score_table import ScoreTable
 
 
@@ -89,17 +90,12 @@ def keep_highest(table: ScoreTable, scores: np.ndarray, count: int, allowed: np.
         reason[~allowed & np.isfinite(scores)] = "filtered"
     reason[table.targets == 0] = "no_target"
     candidates = np.flatnonzero(reason == "below")
-    order = sorted(candidates, key=lambda row: (-_rounded(scores[row]), table.ids[row]))
+    order = candidates[best_first(scores[candidates], name_ranks([table.ids[row] for row in candidates]))]
     keep = np.zeros(len(table), dtype=bool)
     keep[order[: max(0, count)]] = True
     reason[keep] = "top"
-    threshold = float(scores[order[min(count, len(order)) - 1]]) if order and count > 0 else None
+    threshold = float(scores[order[min(count, len(order)) - 1]]) if len(order) and count > 0 else None
     return SampleChoice(keep, scores, reason, threshold)
-
-
-def _rounded(score: float) -> float:
-    """Five significant digits: the noise of another batch shape must not decide."""
-    return float(f"{score:.4e}")
 
 
 def minmax(values: np.ndarray) -> np.ndarray:
