@@ -90,7 +90,7 @@ def keep_highest(table: ScoreTable, scores: np.ndarray, count: int, allowed: np.
         reason[~allowed & np.isfinite(scores)] = "filtered"
     reason[table.targets == 0] = "no_target"
     candidates = np.flatnonzero(reason == "below")
-    order = candidates[best_first(scores[candidates], name_ranks([table.ids[row] for row in candidates]))]
+    order = candidates[best_first(scores[candidates], name_ranks([table.ids[int(row)] for row in candidates]))]
     keep = np.zeros(len(table), dtype=bool)
     keep[order[: max(0, count)]] = True
     reason[keep] = "top"

@@ -15,6 +15,7 @@ import numpy as np
 from prunetune.core.errors import ConfigError, Problem
 from prunetune.core.registry import Registry
 from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.methods.tokens._budget import highest_tokens, token_budget, without_groups
 from prunetune.model.score_table import ScoreTable
 
 Scope = Literal["sample", "all"]
@@ -42,6 +43,14 @@ class TokenMethod(ABC):
     @abstractmethod
     def scores(self, table: ScoreTable) -> np.ndarray:
         """(T,) float64, higher is kept first; tokens with a score that is not finite are kept last."""
+
+    def groups(self, table: ScoreTable) -> np.ndarray | None:
+        """(T,) int, tokens of one row with the same number stay or leave together; None: each for itself.
+
+        Groups leave one after the other, the lowest score of any of their tokens first, until no more than the wanted
+        fraction is left; each row's last group stays. One whose scores are not finite leaves last.
+        """
+        return None
 
 
 TOKENS: Registry[type[TokenMethod]] = Registry("token method", "prunetune.methods.tokens")
@@ -85,7 +94,21 @@ def choose_tokens(
 
     Returns:
         (T,) bool. Protected tokens and tokens of rows outside ``rows`` are always kept; the fraction is met exactly
-        (``all``: rounded to a token) unless those and the floors do not allow it.
+        (``all``: rounded to a token) unless those and the floors do not allow it, or whole groups leave. Neither the
+        order of the rows nor noise in the last bits of a score changes what is kept.
+
+    Raises:
+        DataError: the table lacks a column that the method reads.
+        ValueError: ``kept`` is not in (0, 1], or ``floor`` not in [0, 1].
     """
+    if not (0 < kept <= 1 and 0 <= floor <= 1):
+        raise ValueError(f"kept {kept} is not in (0, 1], or floor {floor} not in [0, 1]")
     table.require(method.needs, type(method).__name__)
-    raise NotImplementedError
+    budget = token_budget(table, kept, rows, floor)
+    if kept == 1 or budget.fixed.all():
+        return np.ones(int(table.offsets[-1]), dtype=bool)
+    scores_T = method.scores(table)
+    groups_T = method.groups(table)
+    if groups_T is not None:
+        return without_groups(table, scores_T, groups_T, budget, scope == "all")
+    return highest_tokens(table, scores_T, budget, scope == "all")
