@@ -1,1 +1,16 @@
-"""L4: rows for training and validation, from files, folders, the hub or the documentation installed here."""
+"""Data: rows from files, scores of rows, selections. ``prunetune.data.score`` and ``prunetune.data.select`` for Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PUBLIC = {"score": "prunetune.data.scoring", "select": "prunetune.data.selecting"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: scoring needs torch, and most of what is here does not.
+    if name in _PUBLIC:
+        import importlib
+
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prunetune.core.errors import DataError
-from prunetune.evaluate.rows import IGNORED_LABEL, TokenRow, token_rows
+from prunetune.model.token_rows import IGNORED_LABEL, TokenRow, token_rows
 from prunetune.model.token_stats import token_statistics
 
 

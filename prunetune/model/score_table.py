@@ -89,12 +89,14 @@ class ScoreTable:
 
     def total(self, tokens_T: np.ndarray) -> np.ndarray:
         """(N,) float64 sums over each row's tokens."""
-        return np.bincount(self.row_of_token, weights=tokens_T.astype(np.float64), minlength=len(self))
+        sums: np.ndarray = np.bincount(self.row_of_token, weights=tokens_T.astype(np.float64), minlength=len(self))
+        return sums
 
     def mean(self, tokens_T: np.ndarray) -> np.ndarray:
         """(N,) float64 means over each row's tokens; NaN for a row without targets."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self.total(tokens_T) / self.targets
+            means: np.ndarray = self.total(tokens_T) / self.targets
+        return means
 
     def require(self, columns: Iterable[str], what: str) -> None:
         """Raises DataError if a column is missing, saying which pass fills it."""
@@ -114,7 +116,7 @@ class ScoreTable:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         take = np.repeat(self.offsets[index] - offsets[:-1], counts) + np.arange(int(offsets[-1]))
         return ScoreTable(
-            [self.ids[i] for i in index],
+            [self.ids[int(i)] for i in index],
             offsets,
             {name: column[index] for name, column in self.rows.items()},
             {name: column[take] for name, column in self.tokens.items()},

@@ -128,7 +128,7 @@ def head_statistics(
     width = min(_VOCAB_BLOCK, head.weight.shape[0])
     rows = max(1, block_bytes // (4 * width))
     sizes = [rows] * (len(target_T) // rows) + [len(target_T) % rows] if row_sizes is None else list(row_sizes)
-    blocks = []
+    blocks: list[TokenStats] = []
     for group in _groups(sizes, rows):
         start = sum(len(block.nll) for block in blocks)
         span = slice(start, start + sum(group))

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from prunetune.core.errors import DataError
 from prunetune.evaluate.perplexity import domain_perplexity, text_perplexity
-from prunetune.evaluate.rows import is_conversational, token_rows
+from prunetune.model.token_rows import is_conversational, token_rows
 
 
 def rows_of(form, sentences):

@@ -1,13 +1,13 @@
-"""Held-out rows as token ids and labels, exactly as trl 1.16's SFTTrainer trains on them; no scoring here.
+"""Rows as token ids and labels, exactly as trl 1.16's SFTTrainer trains on them.
 
-The same rules are tested against a real SFTTrainer in tests/evaluate, so an evaluation outside of training
-asks about the same tokens as the loss did.
+The same rules are tested against a real SFTTrainer in tests/evaluate, so scoring and evaluation outside of training
+ask about the same tokens as the loss does.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ class TokenRow:
     def targets(self) -> int:
         """Tokens that have a label and a token before them to be predicted from."""
         return sum(label != IGNORED_LABEL for label in self.labels[1:])
+
+    def cut(self, max_length: int | None) -> TokenRow:
+        """The first ``max_length`` tokens."""
+        return TokenRow(self.input_ids[:max_length], self.labels[:max_length])
 
 
 def token_rows(
@@ -53,21 +57,38 @@ def token_rows(
     rows = list(rows)
     if not rows:
         raise DataError("there are no rows to evaluate on; check the data file and its filters")
+    whole = encode_rows(tokenizer, rows, completion_only=completion_only, assistant_only=assistant_only)
+    cut = [row.cut(max_length) for row in whole]
+    found = [row for row in cut if any(label != IGNORED_LABEL for label in row.labels)]
+    if not any(row.targets for row in found):
+        raise DataError(
+            f"none of {len(rows)} rows has a target token within max_length = {max_length}; "
+            "the prompts fill it: raise max_length or shorten the prompts"
+        )
+    return found
+
+
+def encode_rows(
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    completion_only: bool | None = None,
+    assistant_only: bool = False,
+) -> list[TokenRow]:
+    """Every row as tokens, in order and uncut, also those without a target; arguments as in ``token_rows``.
+
+    Raises:
+        DataError: a row has none of the known columns, or no token marked as the assistant's where that is asked for.
+    """
     if completion_only is None:
-        completion_only = "prompt" in rows[0] and "completion" in rows[0]
+        completion_only = bool(rows) and "prompt" in rows[0] and "completion" in rows[0]
     template = _training_template(tokenizer) if assistant_only else None
     found = []
     for number, row in enumerate(rows, start=1):
         ids, is_completion, is_assistant = _encode(tokenizer, row, number, template, assistant_only)
         used = [bits for bits in (is_completion if completion_only else None, is_assistant) if bits is not None]
         labels = [ids[i] if all(bits[i] for bits in used) else IGNORED_LABEL for i in range(len(ids))]
-        if any(label != IGNORED_LABEL for label in labels[:max_length]):
-            found.append(TokenRow(ids[:max_length], labels[:max_length]))
-    if not any(row.targets for row in found):
-        raise DataError(
-            f"none of {len(rows)} rows has a target token within max_length = {max_length}; "
-            "the prompts fill it: raise max_length or shorten the prompts"
-        )
+        found.append(TokenRow(ids, labels))
     return found
 
 
