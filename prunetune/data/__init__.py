@@ -1,4 +1,4 @@
-"""Data: rows from files, scores of rows, selections. ``prunetune.data.score`` and ``prunetune.data.select`` for Python."""
+"""Data: rows from files, scores of rows, selections. In Python: ``prunetune.data.score`` and ``.select``."""
 
 from __future__ import annotations
 
