@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from prunetune.cli.main import app
 from prunetune.core.errors import DataError
 
-HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "sklearn", "datasketch")
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -70,6 +70,7 @@ def in_fresh_process(code: str) -> str:
         "from prunetune.cli.main import app; app(['train', '--help'], standalone_mode=False)",
         "from prunetune.cli.main import app; app(['list', 'units'], standalone_mode=False)",
         "from prunetune.cli.main import app; app(['list', 'families'], standalone_mode=False)",
+        "from prunetune.cli.main import app; app(['list', 'samples'], standalone_mode=False)",
     ],
 )
 def test_nothing_heavy_is_imported(command: str) -> None:
@@ -207,7 +208,7 @@ def test_eval_compares_the_base_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names, data, options["speed"]) == (["large", "small"], "rows.jsonl", False)
 
 
-@pytest.mark.parametrize("what", ["masks", "compensation", "families", "units"])
+@pytest.mark.parametrize("what", ["masks", "compensation", "families", "units", "samples", "tokens"])
 def test_list_shows_names_and_marks_the_default(what: str) -> None:
     result = invoke("list", what)
     assert result.exit_code == 0
@@ -216,6 +217,8 @@ def test_list_shows_names_and_marks_the_default(what: str) -> None:
         "compensation": ("none", "refit", "yes", "ridge"),
         "families": ("llama", "qwen3", "gemma2"),
         "units": ("mlp_channels", "kv_groups", "query_heads", "layers", "yes"),
+        "samples": ("random", "q_tuning", "near_duplicates", "online", "yes", "data.samples.KEY", "don_direction"),
+        "tokens": ("random", "neighbour_perplexity", "online", "yes", "data.tokens.KEY", "neighbour_weight"),
     }[what]
     assert all(name in result.output for name in expected)
     assert max(len(line) for line in result.output.splitlines()) <= 80

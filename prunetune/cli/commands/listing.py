@@ -20,6 +20,8 @@ class Subject(str, Enum):  # noqa: UP042 - typer shows the values of a (str, Enu
     families = "families"
     units = "units"
     compensation = "compensation"
+    samples = "samples"
+    tokens = "tokens"
 
 
 _UNITS = {
@@ -52,6 +54,18 @@ def _compensation() -> list[Table]:
     return _methods(COMPENSATIONS, "compensation", CompensationConfig().method)
 
 
+def _samples() -> list[Table]:
+    from prunetune.methods.samples import SAMPLES
+
+    return _methods(SAMPLES, "data.samples")
+
+
+def _tokens() -> list[Table]:
+    from prunetune.methods.tokens import TOKENS
+
+    return _methods(TOKENS, "data.tokens")
+
+
 def _families() -> list[Table]:
     from prunetune.model.families import FAMILIES
 
@@ -71,11 +85,14 @@ def _units() -> list[Table]:
     return [table]
 
 
-def _methods(registry: Registry[Any], section: str, default: str) -> list[Table]:
-    table = _table(f"{section}.method", "name", "what it does", "paper", "default")
+def _methods(registry: Registry[Any], section: str, default: str | None = None) -> list[Table]:
+    """Names and options of a registry; the last column marks the default or, if there is none, the online methods."""
+    last = "default" if default else "online"
+    table = _table(f"{section}.method", "name", "what it does", "paper", last)
     options = _table(f"Options of these methods: {section}.KEY", "method", "key", "default", "meaning")
     for name, method in registry.items():
-        table.add_row(name, registry.summary(name), method.paper, "yes" if name == default else "")
+        marked = name == default if default else method.online
+        table.add_row(name, registry.summary(name), method.paper, "yes" if marked else "")
         for key, field in method.Options.model_fields.items():
             value = "required" if field.is_required() else _shown(field.default)
             options.add_row(name, key, value, field.description or "")
@@ -102,4 +119,6 @@ _TABLES = {
     Subject.families: _families,
     Subject.units: _units,
     Subject.compensation: _compensation,
+    Subject.samples: _samples,
+    Subject.tokens: _tokens,
 }

@@ -46,8 +46,8 @@ def unit_rows(table: ScoreTable, center: bool) -> UnitRows:
 
     Args:
         table: with the column ``embedding``.
-        center: subtract the mean direction. Mean hidden states of a language model all point nearly the same way, so that
-            without it the cosine of any two is close to 1.
+        center: subtract the mean direction. Mean hidden states of a language model all point nearly the same way, so
+            that without it the cosine of any two is close to 1.
     """
     embedding_ND = np.asarray(table.rows["embedding"], dtype=np.float64)
     with np.errstate(over="ignore", invalid="ignore"):

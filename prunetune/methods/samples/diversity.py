@@ -37,12 +37,12 @@ class _Walk:
 
 @SAMPLES.register("diversity")
 class DiversitySamples(SampleMethod):
-    """Rows that cover the others, greedily by embedding: k-center (arXiv 1708.00489) or facility location.
+    """Rows that cover the others, greedily by embedding: k-center or facility location.
 
-    ``k_center`` takes the row that is farthest from all taken so far, beginning next to the mean; the outliers come
-    first. ``facility_location`` takes the row that raises the sum over all rows of 1 + cosine to the nearest taken row
-    most (within 1 - 1/e of the best possible sum); it serves crowds first. Time is O(N k D) for k_center and up to
-    O(N^2 D) for facility_location, memory O(N (D + 64)).
+    ``k_center`` (arXiv 1708.00489) takes the row that is farthest from all taken so far, beginning next to the mean;
+    the outliers come first. ``facility_location`` takes the row that raises the sum over all rows of 1 + cosine to the
+    nearest taken row most (within 1 - 1/e of the best possible sum); it serves crowds first. Time is O(N k D) for
+    k_center and up to O(N^2 D) for facility_location, memory O(N (D + 64)).
 
     The reasons are ``chosen`` of kept rows and ``covered`` of others; the value is the distance or the gain.
     """

@@ -34,11 +34,12 @@ class DonodOptions(MethodOptions):
 
 @SAMPLES.register("donod")
 class DonodSamples(SampleMethod):
-    """Rows that move the output layer's weight least, in norm and in place, joined by TOPSIS (DONOD, arXiv 2504.14810).
+    """Rows that move the output layer least, in norm and in place, joined by TOPSIS (DONOD).
 
-    With W the output layer, G the gradient of the row's mean loss and W' = W - eta G: delta of norm is |W'| - |W|, norm
-    of delta is |W' - W|. No step is taken: both follow from <W, G>, |G| and |W|. The paper's full text was not at hand;
-    plain SGD, both directions (smaller is better) and equal weights are our reading of its abstract, and are options.
+    Of arXiv 2504.14810. With W the output layer, G the gradient of the row's mean loss and W' = W - eta G: delta of
+    norm is |W'| - |W|, norm of delta is |W' - W|. No step is taken: both follow from <W, G>, |G| and |W|. The paper's
+    full text was not at hand; plain SGD, both directions (smaller is better) and equal weights are our reading of its
+    abstract, and are options.
     """
 
     Options = DonodOptions

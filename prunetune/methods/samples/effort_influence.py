@@ -26,11 +26,11 @@ class EffortInfluenceOptions(MethodOptions):
 
 @SAMPLES.register("effort_influence")
 class EffortInfluenceSamples(SampleMethod):
-    """Rows by lot from equal-width bins of influence plus effort, the smallest bin first (DEALRec, arXiv 2401.17197).
+    """Rows by lot from equal-width bins of influence plus effort, the smallest bin first (DEALRec).
 
-    Effort is the norm of the row's gradient, influence its similarity to the validation rows' gradient where it was
-    scored (the paper's influence function of a recommender has no counterpart here); without it effort stands alone.
-    The share of a bin that is too small goes to the larger ones, so that the count is exact.
+    Of arXiv 2401.17197. Effort is the norm of the row's gradient, influence its similarity to the validation rows'
+    gradient where it was scored (the paper's influence function of a recommender has no counterpart here); without it
+    effort stands alone. The share of a bin that is too small goes to the larger ones, so that the count is exact.
 
     The reasons are ``drawn`` of kept rows, ``not_drawn`` and ``hardest`` of others.
     """

@@ -19,10 +19,10 @@ class El2nOptions(MethodOptions):
 
 @SAMPLES.register("el2n")
 class El2nSamples(RankedSamples):
-    """Rows with the largest error vector |p - onehot(y)|, averaged over the target tokens (EL2N, arXiv 2107.07075).
+    """Rows with the largest error vector |p - onehot(y)|, averaged over the target tokens (EL2N).
 
-    The paper scores one label per example, early in training and averaged over several runs; here it is the mean over
-    an answer's tokens under one model.
+    The paper (arXiv 2107.07075) scores one label per example, early in training and averaged over several runs; here it
+    is the mean over an answer's tokens under one model.
     """
 
     Options = El2nOptions

@@ -20,9 +20,9 @@ class EntropyOptions(LimitOptions):
 
 @SAMPLES.register("entropy")
 class EntropySamples(RankedSamples):
-    """Rows whose answer the model is least sure of: mean entropy of its predictions (arXiv 1906.11829).
+    """Rows whose answer the model is least sure of: mean entropy of its predictions.
 
-    In nats over the whole vocabulary, averaged over the target tokens.
+    In nats over the whole vocabulary, averaged over the target tokens (as a criterion: arXiv 1906.11829).
     """
 
     Options = EntropyOptions

@@ -27,12 +27,12 @@ class IfdOptions(MethodOptions):
 
 @SAMPLES.register("ifd")
 class IfdSamples(SampleMethod):
-    """Rows whose prompt helps least with the answer, but does help (IFD, arXiv 2308.12032, 2402.00530).
+    """Rows whose prompt helps least with the answer, but does help (IFD).
 
-    The mean loss of the answer after its prompt is compared with that of the answer alone: as a ratio of the two
-    losses (the first paper) or of the two perplexities (the second); the highest below 1 are kept. A ratio of 1 or more
-    says that prompt and answer do not belong together. Answers that were cut are dropped: the two losses would be
-    about different text.
+    Of arXiv 2308.12032, 2402.00530. The mean loss of the answer after its prompt is compared with that of the answer
+    alone: as a ratio of the two losses (the first paper) or of the two perplexities (the second); the highest below 1
+    are kept. A ratio of 1 or more says that prompt and answer do not belong together. Answers that were cut are
+    dropped: the two losses would be about different text.
     """
 
     Options = IfdOptions

@@ -19,9 +19,9 @@ class GradientOptions(MethodOptions):
 
 @SAMPLES.register("last_layer_gradient")
 class LastLayerGradientSamples(RankedSamples):
-    """Rows with the largest gradient of the output layer (GraNd, arXiv 2107.07075, of the last layer only).
+    """Rows with the largest gradient of the output layer (GraNd of the last layer).
 
-    The norm is that of the row's mean loss, so that a long answer is not favoured for being long.
+    Of arXiv 2107.07075. The norm is that of the row's mean loss, so that a long answer is not favoured for being long.
     """
 
     Options = GradientOptions

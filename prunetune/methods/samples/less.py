@@ -10,9 +10,9 @@ from prunetune.model.score_table import ScoreTable
 
 @SAMPLES.register("less")
 class LessSamples(SampleMethod):
-    """Rows whose projected LoRA gradient is most similar to that of a small validation set (LESS, arXiv 2402.04333).
+    """Rows whose projected LoRA gradient is most similar to that of a small validation set (LESS).
 
-    The similarity is made while scoring; here only the largest are kept.
+    The similarity (arXiv 2402.04333) is made while scoring; here only the largest are kept.
     """
 
     paper = "arXiv 2402.04333"

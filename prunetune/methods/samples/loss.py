@@ -20,7 +20,10 @@ class LossOptions(LimitOptions):
 
 @SAMPLES.register("loss")
 class LossSamples(RankedSamples):
-    """Rows that the model has learnt least: mean loss of the target tokens (arXiv 1511.06343)."""
+    """Rows that the model has learnt least: mean loss of the target tokens.
+
+    The highest first, as in arXiv 1511.06343, or the lowest by option.
+    """
 
     Options = LossOptions
     paper = "arXiv 1511.06343"

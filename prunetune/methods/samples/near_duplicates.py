@@ -36,12 +36,13 @@ class NearDuplicatesOptions(MethodOptions):
 
 @SAMPLES.register("near_duplicates")
 class NearDuplicates(RepeatFilter):
-    """Drops rows whose words are nearly those of another row (MinHash, Broder 1997; arXiv 2107.06499).
+    """Drops rows whose words are nearly those of another row (MinHash).
 
-    Rows are taken in the order of ``keep``; one is dropped if a row that stayed has at least ``threshold`` of the
-    n-grams in common (intersection over union). MinHash finds the candidates, the sets themselves decide. Prompt and
-    answer are compared by themselves, because the same question with another answer, and the same short answer to
-    another question, are not repeats. If fewer are asked for than are left, lots decide.
+    As for pretraining text in arXiv 2107.06499, by word n-grams. Rows are taken in the order of ``keep``; one is
+    dropped if a row that stayed has at least ``threshold`` of the n-grams in common (intersection over union). MinHash
+    finds the candidates, the sets themselves decide. Prompt and answer are compared by themselves, because the same
+    question with another answer, and the same short answer to another question, are not repeats. If fewer are asked for
+    than are left, lots decide.
     """
 
     Options = NearDuplicatesOptions

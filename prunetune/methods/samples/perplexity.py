@@ -24,9 +24,10 @@ class PerplexityOptions(LimitOptions):
 
 @SAMPLES.register("perplexity")
 class PerplexitySamples(RankedSamples):
-    """Rows from the middle (or one end) of the perplexity ranking (arXiv 2309.04564).
+    """Rows from the middle of the perplexity ranking, or from one end.
 
-    The perplexity is exp(mean negative log-likelihood of the target tokens given all before them).
+    As in arXiv 2309.04564 for pretraining text. The perplexity is exp(mean negative log-likelihood of the target tokens
+    given all before them).
     """
 
     Options = PerplexityOptions

@@ -30,14 +30,14 @@ class QTuningOptions(MethodOptions):
 
 @SAMPLES.register("q_tuning")
 class QTuningSamples(SampleMethod):
-    """Confident mistakes and uncertain successes, by quadrants of perplexity and entropy (Q-Tuning, arXiv 2509.23873).
+    """Confident mistakes and uncertain successes, by quadrants of perplexity and entropy (Q-Tuning).
 
-    Kept are Q2 (high perplexity, low entropy: a misconception worth correcting, whose tokens may be pruned) and Q4 (low
-    perplexity, high entropy: kept whole); dropped are Q1 (both high: noise) and Q3 (both low: known). The lines are
-    found by bisection and seldom enclose enough rows, because the two rise together; what is missing is topped up by
-    the largest difference of the two after normalisation, counted as Q2 or Q4 by its sign. Unlike the authors' code,
-    ``exact`` keeps the best cut and trims by the same difference, entropy is that of target tokens only, and a mean
-    loss above 20 nats counts as 20.
+    Of arXiv 2509.23873. Kept are Q2 (high perplexity, low entropy: a misconception worth correcting, whose tokens may
+    be pruned) and Q4 (low perplexity, high entropy: kept whole); dropped are Q1 (both high: noise) and Q3 (both low:
+    known). The lines are found by bisection and seldom enclose enough rows, because the two rise together; what is
+    missing is topped up by the largest difference of the two after normalisation, counted as Q2 or Q4 by its sign.
+    Unlike the authors' code, ``exact`` keeps the best cut and trims by the same difference, entropy is that of target
+    tokens only, and a mean loss above 20 nats counts as 20.
 
     The reasons are ``Q2``, ``Q4`` and ``topup`` of kept rows, ``Q1``, ``Q3``, ``middle`` and ``trimmed`` of others.
     """

@@ -34,11 +34,11 @@ class SemanticDuplicatesOptions(MethodOptions):
 
 @SAMPLES.register("semantic_duplicates")
 class SemanticDuplicates(RepeatFilter):
-    """Drops rows whose embedding is nearly that of another row of its cluster (SemDeDup, arXiv 2303.09540).
+    """Drops rows whose embedding is nearly that of another row of its cluster (SemDeDup).
 
-    Spherical k-means; inside a cluster the rows are sorted by ``keep``, and one whose largest cosine with an earlier
-    one, dropped or not, is above 1 - epsilon is dropped. Unlike in the paper their mean is subtracted first. If fewer are
-    asked for than are left, lots decide.
+    Of arXiv 2303.09540: spherical k-means; inside a cluster the rows are sorted by ``keep``, and one whose largest
+    cosine with an earlier one, dropped or not, is above 1 - epsilon is dropped. Unlike in the paper the mean is
+    subtracted first. If fewer are asked for than are left, lots decide.
     """
 
     Options = SemanticDuplicatesOptions
