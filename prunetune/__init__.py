@@ -15,10 +15,11 @@ __version__ = "0.1.0"
 # without importing torch.
 _PUBLIC = {
     "PruneConfig": "prunetune.config.schema",
-    "PruneTuneTrainer": "prunetune.train.trainer",
+    "PruneTuneTrainer": "prunetune.pipeline.trainer",
     "Plan": "prunetune.model.plan",
+    "SelectionConfig": "prunetune.config.schema",
 }
-__all__ = ["Plan", "PruneConfig", "PruneTuneTrainer", "__version__"]
+__all__ = ["Plan", "PruneConfig", "PruneTuneTrainer", "SelectionConfig", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

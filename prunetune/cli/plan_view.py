@@ -51,6 +51,10 @@ def _head(plan: RunPlan) -> Text:
     text.append(f" and {format_fraction(kept['total'])} of total parameters stay\n")
     text.append(f"mask {config.mask.method}, compensation {config.compensation.method}, ")
     text.append(f"units {', '.join(config.target.units)}, MLP widths in steps of {config.target.align}")
+    for name, part in (("rows", config.data.samples), ("target tokens", config.data.tokens)):
+        if part.method is not None:
+            share = f", {format_fraction(part.kept)} stay" if part.kept < 1 else ""
+            text.append(f"\n{name} chosen while training by {part.method}{share}")
     return text
 
 

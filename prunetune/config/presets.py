@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunetune.config.schema import PhaseConfig, RunConfig, TrainSection
+from prunetune.config.selection_rules import INFOBATCH, active_steps, row_count
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def derive(config: RunConfig, steps: int | None) -> list[Derived]:
     tokens = train.batch_size * train.accumulate * train.max_length
     per_step = f"batch {train.batch_size} x {train.accumulate} x {train.max_length} tokens, a process"
     derived = [*_phases(config, steps), Derived("tokens per step", f"up to {tokens:,}", per_step)]
+    derived += _selection(config, steps)
     if train.save_every == 0:
         value = f"every {_steps(save_every(train, steps))}" if steps else "ten times"
         derived.append(Derived("checkpoint", value, f"train.save_every 0; the last {train.keep_checkpoints} are kept"))
@@ -130,6 +132,33 @@ def _phases(config: RunConfig, steps: int | None) -> list[Derived]:
             f"train.warmup_steps {train.warmup_steps:g}, then {_after_rise(train.scheduler)}",
         ),
     ]
+
+
+def _selection(config: RunConfig, steps: int | None) -> list[Derived]:
+    """What is chosen while training, if anything is."""
+    samples, tokens, online = config.data.samples, config.data.tokens, config.data.online
+    derived = []
+    if samples.method == INFOBATCH:
+        derived.append(Derived("rows", "by their loss", f"{INFOBATCH}: chosen once an epoch, the first sees all"))
+    elif samples.method is not None:
+        rows = row_count(samples.kept, config.train.batch_size * config.train.accumulate)
+        of_all = f"of {config.train.batch_size * config.train.accumulate} a step and process"
+        derived.append(Derived("rows", f"{rows} {of_all}", f"data.samples {samples.method}, kept {samples.kept:.4g}"))
+    if tokens.method is not None:
+        scope = "over a step's rows" if tokens.scope == "all" else "of every row"
+        reason = f"data.tokens {tokens.method}, {scope}; the others are context"
+        derived.append(Derived("target tokens", f"{tokens.kept:.0%}", reason))
+    if derived and (online.warmup or online.anneal):
+        shares = f"data.online.warmup {online.warmup:.0%}, anneal {online.anneal:.0%}; else all rows"
+        value = f"{1 - online.warmup - online.anneal:.0%} of all steps"
+        if steps is not None:
+            active = active_steps(online, steps)
+            value = f"steps {active.begin} to {active.end}"
+        derived.append(Derived("chosen in", value, shares))
+    if derived and online.rescore_after:
+        reason = "data.online.rescore_after; a row's statistics are used again until then"
+        derived.append(Derived("scored anew", f"after {_steps(online.rescore_after)}", reason))
+    return derived
 
 
 def _steps(count: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prunetune.config.presets import export_folder, learning_rate_warmup, phase_steps
 from prunetune.config.schema import RunConfig
+from prunetune.config.selection_rules import selection_cautions, selection_faults
 from prunetune.config.upstream import OWN_SETTING, scheduler_names, sft_fields
 from prunetune.core.errors import Problem, suggest
 
@@ -30,7 +31,10 @@ _TRACKERS = {
 
 def check(config: RunConfig) -> list[Problem]:
     """Every combination in ``config`` that cannot work; ``field`` is the dotted key to change."""
-    rules = (_target, _data, _data_files, _loss, _steps, _further_sft, _trackers, _lora, _folders, _evaluate)
+    rules = (
+        *(_target, _data, _data_files, selection_faults, _loss, _steps, _further_sft, _trackers),
+        *(_lora, _folders, _evaluate),
+    )
     return [Problem(message, field=field) for rule in rules for field, message in rule(config)]
 
 
@@ -209,7 +213,8 @@ def cautions(config: RunConfig, steps: int | None = None) -> list[str]:
     Args:
         steps: optimizer steps of the run, if they are known.
     """
-    return list(_general_cautions(config)) + (list(_step_cautions(config, steps)) if steps else [])
+    found = [*_general_cautions(config), *selection_cautions(config)]
+    return found + (list(_step_cautions(config, steps)) if steps else [])
 
 
 def _general_cautions(config: RunConfig) -> Iterator[str]:

@@ -50,8 +50,67 @@ class ModelConfig(Section):
     dtype: Dtype = Field("float32", description="the frozen base weights' dtype while training")
 
 
+class SampleConfig(MethodSection):
+    """Which rows of an optimizer step are trained on, decided while training."""
+
+    method: str | None = Field(None, description="see `prunetune list samples`; none: every row")
+    kept: Fraction = Field(1.0, description="fraction of each optimizer step's rows that stays, at least one row")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
+class TokenConfig(MethodSection):
+    """Which target tokens of the rows that stay are in the loss; the others remain as context."""
+
+    method: str | None = Field(None, description="see `prunetune list tokens`; none: every target token")
+    kept: Fraction = Field(1.0, description="fraction of the kept rows' target tokens that stays")
+    scope: Literal["sample", "all"] = Field("all", description="rank within each row, or over an optimizer step's rows")
+    floor: Fraction = Field(0.1, description="every row keeps at least this fraction of its targets, and one")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
+class OnlineConfig(Section):
+    """When rows and tokens are chosen while training."""
+
+    warmup: Fraction = Field(0.0, description="share of the steps at the start that train on everything")
+    anneal: Fraction = Field(0.0, description="share of the steps at the end that train on everything")
+    rescore_after: int = Field(
+        0, ge=0, description="optimizer steps for which a row's statistics are used again; 0: scored anew every step"
+    )
+
+    @model_validator(mode="after")
+    def _leaves_steps(self) -> OnlineConfig:
+        if self.warmup + self.anneal > 1:
+            raise ValueError(
+                f"data.online.warmup ({self.warmup:.0%}) and data.online.anneal ({self.anneal:.0%}) add up to more "
+                "than all the steps; lower one of them"
+            )
+        return self
+
+
+class SelectionConfig(Section):
+    """What PruneTuneTrainer needs to know to choose rows and tokens while it trains.
+
+    Example:
+        >>> SelectionConfig(samples={"method": "q_tuning", "kept": "25%"}).samples.kept
+        0.25
+    """
+
+    samples: SampleConfig = SampleConfig()
+    tokens: TokenConfig = TokenConfig()
+    online: OnlineConfig = OnlineConfig()
+    seed: int = 0
+
+
 class DataConfig(Section):
-    """Where the rows come from."""
+    """Where the rows come from, and which of them are trained on."""
 
     train: str = Field(
         "pydocs", description="pydocs, a .jsonl/.json/.csv/.parquet file, a saved datasets folder, or a hub id"
@@ -68,6 +127,9 @@ class DataConfig(Section):
     general_text: str | None = Field(
         None, description="text file for the general perplexity; default: package descriptions installed here"
     )
+    samples: SampleConfig = SampleConfig()
+    tokens: TokenConfig = TokenConfig()
+    online: OnlineConfig = OnlineConfig()
 
 
 class TargetConfig(Section):
@@ -223,6 +285,13 @@ class RunConfig(Section):
         return PruneConfig(
             target=self.target, mask=self.mask, compensation=self.compensation, phases=self.phases, seed=self.seed
         )
+
+    def selection(self) -> SelectionConfig | None:
+        """The choice of rows and tokens that PruneTuneTrainer takes; None: everything is trained on."""
+        data = self.data
+        if data.samples.method is None and data.tokens.method is None:
+            return None
+        return SelectionConfig(samples=data.samples, tokens=data.tokens, online=data.online, seed=self.seed)
 
 
 class PruneConfig(Section):

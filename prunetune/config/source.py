@@ -21,11 +21,24 @@ from prunetune.core.errors import ConfigError, Problem
 KeyPath = tuple[str | int, ...]
 
 # Sections that may be written as one value, and the key that this value stands for.
-SHORT_FORMS = {"model": "name", "target": "kept", "mask": "method", "compensation": "method"}
+SHORT_FORMS: dict[KeyPath, str] = {
+    ("model",): "name",
+    ("target",): "kept",
+    ("mask",): "method",
+    ("compensation",): "method",
+    ("data", "samples"): "method",
+    ("data", "tokens"): "method",
+}
 # Keys of which only one may be set; an override of one replaces what the file has for the others.
 ALTERNATIVES = {"target": ("kept", "params", "size")}
-# Sections whose other keys belong to the named method: naming another method starts the section afresh.
-METHOD_SECTIONS = ("mask", "compensation")
+# Sections whose other keys belong to the named method, and keys of theirs that do not: naming another method starts
+# the section afresh but for these.
+METHOD_SECTIONS: dict[KeyPath, tuple[str, ...]] = {
+    ("mask",): (),
+    ("compensation",): (),
+    ("data", "samples"): ("kept",),
+    ("data", "tokens"): ("kept", "scope", "floor"),
+}
 
 
 @dataclass
@@ -151,10 +164,11 @@ def _record_lines(node: yaml.Node, path: KeyPath, places: dict[KeyPath, str], na
 
 def _spell_out(values: dict[str, Any]) -> None:
     """``target: 60%`` becomes ``target: {kept: 60%}``; a section with all keys commented out is empty."""
-    for section, key in SHORT_FORMS.items():
-        value = values.get(section)
-        if value is not None and not isinstance(value, dict | list):
-            values[section] = {key: value}
+    for path, key in SHORT_FORMS.items():
+        around = _section(values, path[:-1])
+        value = None if around is None else around.get(path[-1])
+        if around is not None and value is not None and not isinstance(value, dict | list):
+            around[path[-1]] = {key: value}
     for section, value in values.items():
         if value is None and section != "folder":
             values[section] = {}
@@ -177,8 +191,8 @@ def _apply_overrides(source: Source, overrides: Sequence[str]) -> None:
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
             source.problems.append(Problem(f"the value cannot be read: {reason}; quote it", where=place))
             continue
-        if path[0] in SHORT_FORMS and len(path) == 1 and not isinstance(value, dict):
-            path = (path[0], SHORT_FORMS[str(path[0])])
+        if path in SHORT_FORMS and not isinstance(value, dict):
+            path = (*path, SHORT_FORMS[path])
         _make_room(source, path, value, given)
         _put(source, path, value, place)
         given.add(path)
@@ -202,9 +216,19 @@ def _make_room(source: Source, path: KeyPath, value: Any, given: set[KeyPath]) -
         for other in ALTERNATIVES[section]:
             if other not in new_keys and (section, other) not in given:
                 current.pop(other, None)
-    if section in METHOD_SECTIONS and path[1:] == ("method",) and current.get("method") != value:
-        for key in [key for key in current if (section, key) not in given]:
-            del current[key]
+    method = _section(source.values, path[:-1])
+    if path[:-1] in METHOD_SECTIONS and path[-1] == "method" and method and method.get("method") != value:
+        stays = METHOD_SECTIONS[path[:-1]]
+        for key in [key for key in method if (*path[:-1], key) not in given and key not in stays]:
+            del method[key]
+
+
+def _section(values: dict[str, Any], path: KeyPath) -> dict[Any, Any] | None:
+    """The group of settings at ``path``; None if there is no such group."""
+    current: Any = values
+    for part in path:
+        current = current.get(part) if isinstance(current, dict) else None
+    return current if isinstance(current, dict) else None
 
 
 def _put(source: Source, path: KeyPath, value: Any, place: str) -> None:

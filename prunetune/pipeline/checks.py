@@ -18,7 +18,7 @@ COMPENSATION_PACKAGE = "prunetune.methods.compensation"
 
 
 def check_methods(config: RunConfig) -> list[Problem]:
-    """Problems with the names and options of the mask and compensation methods."""
+    """Problems with the names, options and abilities of all methods that are named."""
     found = []
     for section, package, chosen in (
         ("mask", MASK_PACKAGE, config.mask),
@@ -30,7 +30,17 @@ def check_methods(config: RunConfig) -> list[Problem]:
             found.append(Problem(message, f"{section}.method"))
         elif chosen.options():
             found += _check_options(section, chosen)
-    return found
+    return found + _check_selection(config)
+
+
+def _check_selection(config: RunConfig) -> list[Problem]:
+    """Sample and token methods need no torch, so they are asked themselves."""
+    select = config.selection()
+    if select is None:
+        return []
+    from prunetune.methods.online import check_online
+
+    return check_online(select)
 
 
 def registered_names(package: str) -> list[str]:

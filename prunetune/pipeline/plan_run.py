@@ -15,6 +15,7 @@ import psutil
 from prunetune.config.presets import Derived, derive, export_folder, phase_steps, total_steps
 from prunetune.config.rules import cautions
 from prunetune.config.schema import RunConfig
+from prunetune.config.selection_rules import step_cost
 from prunetune.core.errors import ConfigError, Problem
 from prunetune.core.files import free_bytes
 from prunetune.core.sizes import format_bytes
@@ -158,7 +159,8 @@ def _relative_flops(config: RunConfig, steps: int | None, dense: Facts, compact:
     if steps is None:
         return None
     parts = phase_steps(config.phases, steps)
-    return (parts.freeze + parts.recover * compact.flops_per_token / dense.flops_per_token) / steps
+    narrowing = (parts.freeze + parts.recover * compact.flops_per_token / dense.flops_per_token) / steps
+    return narrowing * step_cost(config, steps)
 
 
 def _resource_warnings(config: RunConfig, arch: Architecture, dense: Facts, compact: Facts) -> Iterator[str]:

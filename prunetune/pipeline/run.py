@@ -17,6 +17,8 @@ from prunetune.data.load import PYDOCS, load_bundle
 from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
 from prunetune.methods.compensation import COMPENSATIONS
 from prunetune.methods.masks import MASKS
+from prunetune.methods.samples import SAMPLES
+from prunetune.methods.tokens import TOKENS
 from prunetune.model.architecture import describe
 from prunetune.model.budget import describe_kept
 from prunetune.model.planner import Planner
@@ -34,6 +36,7 @@ from prunetune.train.settings import lora_config, sft_config
 # Rows of the short validations during training; the evaluation at the end has its own, larger number.
 WATCHED_ROWS = 64
 METRICS = "metrics.jsonl"
+SELECTION = "selection.jsonl"
 PYDOCS_LICENCE = "documentation of Python and of the installed packages, each under its own licence"
 
 
@@ -144,6 +147,9 @@ def train(
         dtype=config.export.dtype,
         evaluate_at_freeze=True,
         metrics_file=config.folder / METRICS if prune is not None else None,
+        # The dense run that a joint run is compared with sees all the data.
+        select=config.selection() if prune is not None else None,
+        selection_file=config.folder / SELECTION,
     )
     if prune is not None:
         shapes = trainer.planner.candidates
@@ -200,6 +206,9 @@ def _evaluate(config: RunConfig, folders: dict[str, Path], data: DataBundle) -> 
 def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: Done) -> dict[str, Any]:
     """What the reports cannot read from the run folder."""
     papers = [MASKS.get(config.mask.method).paper, COMPENSATIONS.get(config.compensation.method).paper]
+    samples, tokens = config.data.samples.method, config.data.tokens.method
+    papers += [SAMPLES.get(samples).paper] if samples else []
+    papers += [TOKENS.get(tokens).paper] if tokens else []
     return {
         "base_model": config.model.name,
         "base_licence": prepared.licence,
@@ -208,7 +217,7 @@ def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: D
         "budget": done.budget,
         "mask": config.mask.method,
         "compensation": config.compensation.method,
-        "papers": [paper for paper in papers if paper],
+        "papers": list(dict.fromkeys(paper for paper in papers if paper)),
         "steps": done.steps,
         "seconds": done.seconds,
         "verification": done.exported.verification if done.exported else {},

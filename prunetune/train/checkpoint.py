@@ -25,6 +25,9 @@ MASK_FILE = "mask.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "trainer_state.json"
+# What is known of rows under the model as it was (see selection_memory, selection_epoch): it ends with that model.
+MEMORY_FILE = "selection.safetensors"
+LOSSES_FILE = "selection_losses.json"
 
 
 def write_marker(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -108,7 +111,8 @@ def slice_checkpoint(source: Path, target: Path, surgery: Surgery, names: Sequen
         surgery: the plan made ready for the dense model.
         names: for every param group of the optimizer, its parameters' names in the dense model, in order.
     """
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(ADAPTER_FILE, OPTIMIZER_FILE, MARKER, MASK_FILE))
+    changed = (ADAPTER_FILE, OPTIMIZER_FILE, MARKER, MASK_FILE, MEMORY_FILE, LOSSES_FILE)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*changed))
     adapter = slice_tensors(load_file(source / ADAPTER_FILE), surgery)
     save_file(adapter, target / ADAPTER_FILE, metadata={"format": "pt"})
     state = torch.load(source / OPTIMIZER_FILE, map_location="cpu", weights_only=True)

@@ -13,11 +13,21 @@ from transformers.trainer_callback import CallbackHandler, PrinterCallback, Prog
 from transformers.trainer_utils import rotate_checkpoints
 
 from prunetune.core.errors import ConfigError, Problem
+from prunetune.model.surgery import base_model
+from prunetune.model.token_stats import logit_softcap
 
 # Optimizers whose state has the shape of the parameters, so that it can be sliced with them.
 SLICEABLE_OPTIMIZERS = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
 
-__all__ = ["SLICEABLE_OPTIMIZERS", "hooks_saved_tensors", "one_run", "quiet_progress", "refusals", "rotate_checkpoints"]
+__all__ = [
+    "SLICEABLE_OPTIMIZERS",
+    "hooks_saved_tensors",
+    "one_run",
+    "quiet_progress",
+    "refusals",
+    "rotate_checkpoints",
+    "selection_refusals",
+]
 
 
 def refusals(trainer: Any, optimizer: Any) -> list[Problem]:
@@ -98,6 +108,67 @@ def adapter_refusals(model: Any, linears: set[str]) -> list[Problem]:
         for name in getattr(config, "modules_to_save", None) or ():
             if name.rpartition(".")[2] in linears:
                 found.append(Problem(f"{name} is pruned; train it through LoRA instead", "modules_to_save"))
+    return found
+
+
+def selection_refusals(trainer: Any, columns: frozenset[str], *, per_epoch: bool, weighted: bool) -> list[Problem]:
+    """What TRL allows but choosing rows and tokens while training cannot do, each with what to set instead.
+
+    Args:
+        trainer: as it is after construction.
+        columns: statistics that the methods read.
+        per_epoch: whether rows are chosen once an epoch from their last losses. weighted: and weighted then.
+    """
+    args, model, found = trainer.args, trainer.model, []
+
+    def refuse(when: Any, field: str, why: str) -> None:
+        if when:
+            found.append(Problem(why, field))
+
+    refuse(args.packing, "packing", "packed rows cannot be told apart any more; set it to False to choose among rows")
+    refuse(
+        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+        "distributed_type",
+        "FSDP and DeepSpeed shard the weights that rows are scored with; launch with DDP (configs/accelerate/ddp.yaml)",
+    )
+    refuse(
+        not args.average_tokens_across_devices,
+        "average_tokens_across_devices",
+        "processes keep different numbers of tokens, which must be counted together; set it to True",
+    )
+    refuse(
+        args.auto_find_batch_size,
+        "auto_find_batch_size",
+        "it restarts the run in the middle and would choose twice; set per_device_train_batch_size",
+    )
+    refuse(
+        getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False),
+        "peft_config",
+        "virtual tokens are not part of the rows that are scored; use LoraConfig",
+    )
+    refuse(
+        "reference_nll" in columns and not hasattr(model, "disable_adapter"),
+        "peft_config",
+        "the method compares with the model without its adapters, and there are none; pass peft_config=LoraConfig(...)",
+    )
+    refuse(
+        "grad_norm" in columns and logit_softcap(base_model(model).config) is not None,
+        "data.samples.method",
+        "needs gradients of the output layer, whose closed form does not hold for capped logits; use another method",
+    )
+    refuse(
+        per_epoch and not hasattr(trainer.train_dataset, "__len__"),
+        "train_dataset",
+        "streamed rows have no epochs to choose in; load them, or use a method that chooses in every step",
+    )
+    refuse(per_epoch and args.torch_compile, "torch_compile", "compiled code cannot be listened to; set it to False")
+    plain = args.loss_type in ("nll", "chunked_nll") and not args.label_smoothing_factor
+    refuse(
+        weighted and not (plain and trainer.compute_loss_func is None),
+        "data.samples.weighted",
+        f"weights multiply log-probabilities, which only the plain loss is linear in (loss_type {args.loss_type}, "
+        f"label_smoothing_factor {args.label_smoothing_factor}); set weighted to false, or use loss_type='nll'",
+    )
     return found
 
 

@@ -46,13 +46,13 @@ from prunetune.train.freeze import (
     load_updates,
     write_freeze,
 )
-from prunetune.train.guarded import GuardedTrainer
 from prunetune.train.joint import JointSearch, hard_gates, reducer
 from prunetune.train.legs import joined
 from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
+from prunetune.train.selecting import SelectingTrainer
 
 
-class JointTrainer(GuardedTrainer):
+class JointTrainer(SelectingTrainer):
     """SFTTrainer that also decides which structures stay, and slices the model while training goes on.
 
     Args:
@@ -62,7 +62,8 @@ class JointTrainer(GuardedTrainer):
         metrics_file: where ``metrics.jsonl`` goes; default: in ``args.output_dir``.
         dtype: dtype of the export, for budgets in bytes.
         evaluate_at_freeze: validate right before and right after the cut.
-        **kwargs: everything else that SFTTrainer takes, ``peft_config`` above all.
+        **kwargs: everything else that SFTTrainer takes, ``peft_config`` above all, and ``select`` and
+            ``selection_file`` of SelectingTrainer.
 
     Raises:
         ConfigError: settings that cannot be combined with joint pruning, all at once.
@@ -119,7 +120,8 @@ class JointTrainer(GuardedTrainer):
         """The mask's state before the freeze, the plan's digest after it."""
         if self._search is not None:
             save_mask(folder, self._search.mask.state_dict())
-        return {"frozen": self.plan is not None, "plan": self.plan.digest() if self.plan else None}
+        facts = {"frozen": self.plan is not None, "plan": self.plan.digest() if self.plan else None}
+        return super().add_to_checkpoint(folder) | facts
 
     def facts(self) -> dict[str, Any]:
         """Phase and kept fraction now, for logs and the progress bar."""

@@ -56,6 +56,9 @@ class SampleMethod(ABC):
     # Columns of the table that it reads, and whether it can work on the rows of one step (online).
     needs: ClassVar[frozenset[str]] = frozenset()
     online: ClassVar[bool] = True
+    # In the trainer: whether it chooses once an epoch from the losses last seen in training (InfoBatch), rather than
+    # in every step from the statistics of a scoring pass.
+    per_epoch: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions, seed: int = 0):
         self.options = options
