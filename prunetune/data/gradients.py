@@ -90,7 +90,7 @@ class GradientFeatures:
 
 
 def with_adapters(model: Any, seed: int = 0) -> Any:
-    """A plain model with seeded fresh adapters. B is zero: it computes what it did before, and only B has a gradient."""
+    """A plain model with seeded fresh adapters. B is zero: it computes what it did, and only B has a gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(seed, "gradient adapters").integers(2**31)))
         return get_peft_model(model, LoraConfig(r=_RANK, target_modules="all-linear"))
