@@ -57,6 +57,20 @@ def convert(rows: Rows, wanted: str, chat: bool) -> tuple[Part, formats.Layout]:
     Raises:
         DataError: the layout is unknown or not the wanted one, or rows are malformed (all are listed).
     """
+    part, layout, faults = convert_some(rows, wanted, chat)
+    if faults:
+        raise bad_rows_error(
+            rows, faults, "Fill in or remove these rows, or set data.format if another layout is meant"
+        )
+    return part, layout
+
+
+def convert_some(rows: Rows, wanted: str, chat: bool) -> tuple[Part, formats.Layout, dict[int, str]]:
+    """The rows that can be used, how they are laid out, and what is wrong with the others, by place.
+
+    Raises:
+        DataError: the layout is unknown or not the wanted one.
+    """
     layout = formats.recognise(list(dict.fromkeys(name for row in rows.values for name in row)), wanted)
     if layout.name == "messages" and not chat:
         raise DataError(
@@ -65,18 +79,15 @@ def convert(rows: Rows, wanted: str, chat: bool) -> tuple[Part, formats.Layout]:
             "model with one (an instruct model), or rows with prompt + completion"
         )
     turn = formats.converter(layout, chat=chat)
-    examples: list[Example] = []
+    part = Part(rows, [], [])
     faults: dict[int, str] = {}
     for place, row in zip(rows.places, rows.values):
         try:
-            examples.append(turn(row))
+            part.examples.append(turn(row))
+            part.places.append(place)
         except BadRowError as error:
             faults[place] = str(error)
-    if faults:
-        raise bad_rows_error(
-            rows, faults, "Fill in or remove these rows, or set data.format if another layout is meant"
-        )
-    return Part(rows, examples, list(rows.places)), layout
+    return part, layout, faults
 
 
 def one_answer_each(parts: list[Part], report: Report) -> list[Part]:

@@ -93,7 +93,8 @@ def find(source: str, folder: Path | None) -> Path | None:
     return None
 
 
-def _read_jsonl(path: Path) -> Rows:
+def read_jsonl(path: Path) -> tuple[Rows, dict[int, str]]:
+    """The lines of a file that are JSON objects, and what is wrong with the others, by line number."""
     rows = Rows(path.name, [], [], "line")
     faults: dict[int, str] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -108,6 +109,11 @@ def _read_jsonl(path: Path) -> Rows:
             else:
                 rows.values.append(value)
                 rows.places.append(number)
+    return rows, faults
+
+
+def _read_jsonl(path: Path) -> Rows:
+    rows, faults = read_jsonl(path)
     if faults:
         whole = Rows(rows.name, [{}] * (len(rows.values) + len(faults)), [], rows.unit)
         raise bad_rows_error(whole, faults, "Each line must be one JSON object; fix or remove these lines")
