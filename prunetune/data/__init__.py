@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_PUBLIC = {"score": "prunetune.data.scoring", "select": "prunetune.data.selecting"}
+_PUBLIC = {"score": "prunetune.data.scoring", "select": "prunetune.data.selection"}
 
 
 def __getattr__(name: str) -> Any:
