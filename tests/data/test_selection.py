@@ -12,9 +12,10 @@ import pytest
 
 from prunetune.core.errors import ConfigError, DataError
 from prunetune.data.selection import select, write_selection
-from prunetune.data.selection_audit import from_runs, to_runs
+from prunetune.data.selection_audit import REASONS, audit_rows, from_runs, to_runs
 from prunetune.data.selection_facts import projected_cost, selection_facts
 from prunetune.data.store import StoredScores, write_scores
+from prunetune.methods.samples import SAMPLES
 from prunetune.model.score_table import ScoreTable
 from tests.data.selections import PROMPT, stored
 
@@ -156,14 +157,34 @@ def test_runs_there_and_back():
         np.testing.assert_array_equal(from_runs(to_runs(np.flatnonzero(mask)).tolist(), 40), mask)
 
 
-def test_every_reason_of_a_real_choice_has_a_sentence(tmp_path):
+@pytest.mark.parametrize("method", SAMPLES.names())
+def test_every_reason_of_every_method_has_a_sentence(method):
+    rng = np.random.default_rng(2)
     scores = stored(40)
     scores.table.tokens["nll"][: int(scores.table.offsets[2])] = np.nan
-    kept = select(scores, samples_method="q_tuning", samples_kept=0.3)
-    write_selection(kept, tmp_path / "kept")
-    audit = pq.read_table(tmp_path / "kept" / "audit.parquet").to_pydict()
-    assert audit["reason"][:2] == ["bad_score", "bad_score"]
-    assert not any(" says " in sentence for sentence in audit["sentence"])
+    prompts = np.array([f"question {i // 2} of many that are asked" for i in range(40)], dtype=object)
+    scores = with_rows(
+        scores,
+        prompt=prompts,
+        answer=prompts,
+        truncated=np.arange(40) % 9 == 0,
+        residual=rng.normal(size=40),
+        grad_norm=rng.random(40),
+        direct_nll=rng.exponential(1.5, 40),
+        influence=rng.random(40),
+        embedding=rng.normal(size=(40, 8)).astype(np.float32).repeat(2, axis=0)[:40],
+        gradient=rng.normal(size=(40, 8)).astype(np.float32),
+    )
+    scores = replace(scores, table=replace(scores.table, facts={"weight_norm": 3.0}))
+    audit = audit_rows(select(scores, samples_method=method, samples_kept=0.3)).to_pydict()
+    assert set(audit["reason"]) <= set(REASONS)
+    assert "{" not in "".join(audit["sentence"])
+    if method == "q_tuning":
+        assert audit["reason"][:2] == ["bad_score", "bad_score"]
+    if method == "exact_duplicates":
+        repeats = [row for row in range(40) if audit["duplicate_of"][row]]
+        assert repeats
+        assert all(f"it repeats {audit['duplicate_of'][row]}" in audit["sentence"][row] for row in repeats)
 
 
 def test_facts_warn_of_selection_by_length_topping_up_and_vanished_sources():
