@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads distort shared machines
 
 import torch
+from _common import settle, spread
 
 from prunetune.core.files import write_json
 from prunetune.core.streams import stream
@@ -137,16 +137,6 @@ def measure_alone(side: str, model: Any, tokenizer: Any, length: int = 2048) -> 
         else:
             Scorer(model, tokenizer, ScoringOptions()).table(["0"], [row], {})
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
-
-
-def settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def spread(ratios: list[float]) -> dict[str, float]:
-    low, _, high = quantiles(ratios, n=4)
-    return {"median": round(median(ratios), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 if __name__ == "__main__":

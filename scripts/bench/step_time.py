@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads distort shared machines
 
 import torch
+from _common import settle, spread
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,8 +54,8 @@ def main() -> None:
         "length": options.length,
         "kept": options.kept,
         "threads": torch.get_num_threads(),
-        "search_over_plain": spread(times["search"], times["plain"]),
-        "recover_over_plain": spread(times["recover"], times["plain"]),
+        "search_over_plain": spread(ratios(times["search"], times["plain"])),
+        "recover_over_plain": spread(ratios(times["recover"], times["plain"])),
         "recover_flop_share": round(share, 4),
         "peak_bytes": memory,
         "search_memory_over_plain": round(memory["search"] / memory["plain"], 4),
@@ -101,8 +101,7 @@ def stepper(kind: str, options: argparse.Namespace) -> Callable[[], float]:
         trainer.optimizer.step()
         trainer.model.zero_grad()
         state["step"] += 1
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        settle()
         return time.perf_counter() - start
 
     return step
@@ -163,16 +162,14 @@ def measure_memory(kind: str, options: argparse.Namespace) -> int:
     return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"])
 
 
+def ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """Of each turn."""
+    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+
+
 def peak_bytes() -> int:
     """Of this process (resident set), or of the GPU's allocator."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
-
-
-def spread(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Median of the turns' ratios, with quartiles."""
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    low, _, high = quantiles(ratios, n=4)
-    return {"median": round(median(ratios), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 if __name__ == "__main__":
