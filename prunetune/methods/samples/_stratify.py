@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -66,8 +67,8 @@ def choose_stratified(
         table: the rows.
         count: rows kept in all.
         strata: (N,) str, see ``make_strata``.
-        minimum: at least so many rows of each stratum, or all if it has fewer; a float in [0, 1] is a fraction of the
-            stratum's rows, rounded up.
+        minimum: at least so many rows of each stratum, or all if it has fewer; a float in [0, 1] is a fraction of
+            ``count``, rounded up.
 
     Returns:
         The choices of all strata; its threshold is None unless there is only one stratum.
@@ -133,8 +134,8 @@ def split_count(count: int, size_S: np.ndarray, least_S: np.ndarray, room_S: np.
 
 
 def _least(size: np.ndarray, minimum: int | float, count: int) -> np.ndarray:
-    wanted = np.ceil(np.round(minimum * size, 9)) if isinstance(minimum, float) else np.full(len(size), minimum)
-    least = np.minimum(wanted, size).astype(np.int64)
+    wanted = math.ceil(round(minimum * count, 9)) if isinstance(minimum, float) else minimum
+    least = np.minimum(wanted, size)
     if least.sum() > count:
         raise DataError(
             f"a minimum of {minimum} for each of {len(size)} strata is {int(least.sum())} rows, but only {count} are "

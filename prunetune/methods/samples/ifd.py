@@ -45,9 +45,9 @@ class IfdSamples(SampleMethod):
         given, alone = table.mean(table.tokens["nll"]), table.rows["direct_nll"].astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             if self.options.variant == "loss_ratio":
-                return given / alone
-            # NaN passes through minimum; an infinite loss is no measurement either.
-            ratio = np.exp(np.minimum(given - alone, _LARGEST_DIFFERENCE))
+                ratio = given / alone
+            else:
+                ratio = np.exp(np.minimum(given - alone, _LARGEST_DIFFERENCE))
         return np.where(np.isfinite(given) & np.isfinite(alone), ratio, np.nan)
 
     def choose(self, table: ScoreTable, count: int) -> SampleChoice:
@@ -56,6 +56,6 @@ class IfdSamples(SampleMethod):
         unaided = (scores >= 1) & self.options.discard_unaided
         choice = keep_highest(table, scores, count, ~truncated & ~unaided)
         reason = choice.reason.copy()
-        reason[(reason == "filtered") & unaided] = "unaided"
         reason[(reason == "filtered") & truncated] = "truncated"
+        reason[(reason == "filtered") & unaided] = "unaided"
         return replace(choice, reason=reason)

@@ -54,16 +54,16 @@ def random_table(count: int = 60, seed: int = 0, targets: list[int] | None = Non
     for name, column in columns.items():
         side = rows if name in rows else tokens
         side[name] = np.full_like(side[name], column) if np.isscalar(column) else np.asarray(column)
-    return ScoreTable(row_ids(count, seed), np.concatenate([[0], np.cumsum(lengths)]), rows, tokens, {"weight_norm": 30.0})
+    return ScoreTable(
+        row_ids(count, seed), np.concatenate([[0], np.cumsum(lengths)]), rows, tokens, {"weight_norm": 30.0}
+    )
 
 
 def means_table(targets: int = 2, **columns: np.ndarray) -> ScoreTable:
     """Rows whose token columns have the same given value at all of their tokens, so that means are exact."""
     count = len(next(iter(columns.values())))
     repeated = {
-        name: np.repeat(np.asarray(column, dtype=np.float64), targets)
-        if name in ("nll", "entropy", "el2n")
-        else column
+        name: np.repeat(np.asarray(column, dtype=np.float64), targets) if name in ("nll", "entropy", "el2n") else column
         for name, column in columns.items()
     }
     return random_table(count, targets=[targets] * count, **repeated)
