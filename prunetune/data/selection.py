@@ -233,7 +233,7 @@ def write_selection(
     folder: Path | str,
     *,
     replace: bool = False,
-    finish: Callable[[Path], None] | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes a selection: ``dataset/`` for ``datasets.load_from_disk``, its audit, and facts in selection.json.
 
