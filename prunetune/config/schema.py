@@ -121,7 +121,7 @@ class DataConfig(Section):
     validation_fraction: Fraction = Field(0.05, description="share split off when no validation is given")
     validation_rows: int = Field(400, ge=1, description="at most so many held-out rows")
     max_rows: int | None = Field(None, ge=1, description="use only so many training rows")
-    format: Literal["auto", "prompt_completion", "messages", "alpaca", "text"] = Field(
+    format: Literal["auto", "prompt_completion", "messages", "alpaca", "text", "tokens"] = Field(
         "auto", description="how rows are laid out; auto recognises it and prints what it saw"
     )
     general_text: str | None = Field(

@@ -1,6 +1,6 @@
 """How rows are laid out: recognising the layout and converting it to what TRL's SFTTrainer takes.
 
-A layout is prompt_completion, messages, alpaca or text. Where rows come from is ``sources.py``.
+A layout is prompt_completion, messages, alpaca, text or tokens. Where rows come from is ``sources.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.core.errors import DataError
+from prunetune.model.token_rows import IGNORED_LABEL
 
 Row = Mapping[str, Any]
 # Columns that mean prompt and completion, the most telling first.
@@ -21,6 +22,7 @@ PAIRS = (
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog")
 TEXTS = ("text", "content", "document")
 SYSTEMS = ("system", "system_prompt")
+TOKENS = ("input_ids", "labels")
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "system": "system",
@@ -61,6 +63,8 @@ def recognise(columns: Sequence[str], wanted: str = "auto") -> Layout:
         extra = tuple(name for name in ("input",) if name in has)
         found.append(Layout("alpaca", ("instruction", *extra, "output")))
     pairs = [Layout("prompt_completion", pair) for pair in PAIRS if set(pair) <= has]
+    if set(TOKENS) <= has:
+        found.insert(0, Layout("tokens", TOKENS))
     # A question column beside messages is a copy; prompt + completion are never one.
     first = [pair for pair in pairs if pair.columns == ("prompt", "completion")]
     found = [*first, *found, *pairs, *(Layout("text", (name,)) for name in TEXTS if name in has)]
@@ -73,6 +77,7 @@ def recognise(columns: Sequence[str], wanted: str = "auto") -> Layout:
         "alpaca": "instruction + output (input may be empty)",
         "messages": "a column messages or conversations",
         "text": "a column text",
+        "tokens": "two columns input_ids + labels, as a selection has them",
     }[wanted]
     listed = ", ".join(sorted(map(str, has))) or "none"
     raise DataError(
@@ -90,8 +95,10 @@ def converter(layout: Layout, *, chat: bool) -> Callable[[Row], dict[str, Any]]:
 
     Returns:
         A function from a row to ``{"prompt", "completion"}`` (both strings, or both lists of messages),
-        ``{"messages"}`` or ``{"text"}``. It raises BadRowError.
+        ``{"messages"}``, ``{"text"}`` or ``{"input_ids", "labels"}``. It raises BadRowError.
     """
+    if layout.name == "tokens":
+        return _token_row
     if layout.name == "text":
         return lambda row: {"text": _text(row, layout.columns[0])}
     if layout.name == "messages":
@@ -112,6 +119,16 @@ def _text(row: Row, column: str) -> str:
     if not value.strip():
         raise BadRowError(f"{column} is empty")
     return value
+
+
+def _token_row(row: Row) -> dict[str, Any]:
+    """Token ids and labels as they are; a selection decided them."""
+    ids, labels = row.get("input_ids"), row.get("labels")
+    if not isinstance(ids, list) or not isinstance(labels, list) or len(ids) != len(labels):
+        raise BadRowError("input_ids and labels are not two lists of one length")
+    if not ids:
+        raise BadRowError("input_ids is empty")
+    return {"input_ids": ids, "labels": labels}
 
 
 def _alpaca_prompt(row: Row) -> str:
@@ -196,7 +213,10 @@ def as_prompt_completion(example: dict[str, Any]) -> dict[str, Any]:
 
 def question_of(example: Mapping[str, Any]) -> str:
     """What an example asks, to tell whether two ask the same; white space and case do not count."""
-    if "text" in example:
+    if "input_ids" in example:
+        first = next((i for i, label in enumerate(example["labels"]) if label != IGNORED_LABEL), None)
+        text = " ".join(map(str, example["input_ids"][:first]))
+    elif "text" in example:
         text = example["text"]
     elif "messages" in example:
         last = max(i for i, message in enumerate(example["messages"]) if message["role"] == "assistant")

@@ -140,10 +140,10 @@ def _general_text(config: DataConfig, folder: Path | None, train: Part) -> str:
 
 
 def _answers(part: Part) -> list[str]:
-    """What the model is trained to say."""
+    """What the model is trained to say; not known of rows that are tokens already."""
     found = []
     for example in part.examples:
-        value: Any = example.get("completion") or example.get("messages") or example.get("text")
+        value: Any = example.get("completion") or example.get("messages") or example.get("text") or ""
         found.append(value if isinstance(value, str) else " ".join(message["content"] for message in value))
     return found
 

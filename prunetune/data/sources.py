@@ -13,6 +13,8 @@ from typing import Any
 from prunetune.core.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Where `prunetune data select` puts the rows inside its folder.
+SELECTED = "dataset"
 VALIDATION_NAMES = ("validation", "valid", "dev", "eval")
 
 
@@ -183,6 +185,8 @@ def _read_parquet(path: Path) -> Rows:
 def _from_folder(path: Path, field: str) -> dict[str, Rows]:
     import datasets
 
+    if (path / SELECTED).is_dir():
+        path = path / SELECTED
     try:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:

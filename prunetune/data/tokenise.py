@@ -14,6 +14,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from prunetune.data.formats import BadRowError
+from prunetune.model.token_rows import IGNORED_LABEL, TokenRow
 
 Messages = list[dict[str, str]]
 _CHUNK = 512
@@ -21,13 +22,19 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of one example, before truncation; the loss sees those from ``target_start`` on."""
+    """Token ids of one example, before truncation; the loss sees those from ``target_start`` on.
+
+    ``labels`` are given if the example came with its own: then some of those are left out too.
+    """
 
     ids: list[int]
     target_start: int
+    labels: list[int] | None = None
 
     def targets(self, max_length: int | None) -> int:
         """How many target tokens are left in the first ``max_length`` tokens."""
+        if self.labels is not None:
+            return TokenRow(self.ids, self.labels).cut(max_length).targets
         kept = len(self.ids) if max_length is None else min(len(self.ids), max_length)
         return max(0, kept - self.target_start)
 
@@ -42,6 +49,9 @@ def tokenise(
         tokenizer: a transformers tokenizer.
         completion_only: whether the loss sees completions only; None: if the example has a completion.
     """
+    if examples and "input_ids" in examples[0]:
+        yield from (_as_given(example) for example in examples)
+        return
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
         texts: list[tuple[str, str] | BadRowError] = [_render(example, tokenizer) for example in chunk]
@@ -57,6 +67,13 @@ def tokenise(
             prompt, whole = next(prompts), next(wholes)
             masked = "completion" in example and completion_only is not False
             yield Tokens(whole, _common_prefix(prompt, whole) if masked else 0)
+
+
+def _as_given(example: Mapping[str, Any]) -> Tokens:
+    """An example that is tokens already."""
+    ids, labels = example["input_ids"], example["labels"]
+    start = next((i for i, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
+    return Tokens(ids, start, labels)
 
 
 def _is_chat(example: Mapping[str, Any]) -> bool:

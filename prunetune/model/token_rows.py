@@ -41,7 +41,7 @@ def token_rows(
     completion_only: bool | None = None,
     assistant_only: bool = False,
 ) -> list[TokenRow]:
-    """Tokenises rows in prompt-completion (plain or conversational), messages or text form.
+    """Tokenises rows in prompt-completion (plain or conversational), messages or text form; tokens stay as they are.
 
     Args:
         max_length: longer rows are cut at the end, in tokens; None keeps them whole.
@@ -85,6 +85,9 @@ def encode_rows(
     template = _training_template(tokenizer) if assistant_only else None
     found = []
     for number, row in enumerate(rows, start=1):
+        if "input_ids" in row:
+            found.append(TokenRow(list(row["input_ids"]), list(row["labels"])))
+            continue
         ids, is_completion, is_assistant = _encode(tokenizer, row, number, template, assistant_only)
         used = [bits for bits in (is_completion if completion_only else None, is_assistant) if bits is not None]
         labels = [ids[i] if all(bits[i] for bits in used) else IGNORED_LABEL for i in range(len(ids))]
