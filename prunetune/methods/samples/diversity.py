@@ -13,8 +13,9 @@ from prunetune.methods.samples import SAMPLES, SampleChoice, SampleMethod
 from prunetune.methods.samples._embeddings import UnitRows, unit_rows
 from prunetune.model.score_table import ScoreTable
 
-# Candidates whose gain is made anew at once: a matrix product of so many columns, and so much memory per row.
-_BATCH = 64
+# Candidates whose gain is made anew at once: a matrix product of so many columns, and so much memory per row. Mostly
+# one or two suffice; while they do not, twice as many are taken each time.
+_FIRST_BATCH, _LARGEST_BATCH = 2, 64
 
 
 class DiversityOptions(MethodOptions):
@@ -108,6 +109,7 @@ def _facility(units: UnitRows, count: int) -> _Walk:
     free_M = np.ones(size, dtype=bool)
     taken: list[int] = []
     brought: list[float] = []
+    batch = _FIRST_BATCH
     while len(taken) < count:
         ceiling_M = np.where(free_M, bound_M, -np.inf)
         row = int(ceiling_M.argmax())
@@ -116,10 +118,12 @@ def _facility(units: UnitRows, count: int) -> _Walk:
             brought.append(float(bound_M[row]))
             free_M[row] = False
             cover_M = np.maximum(cover_M, 1.0 + _to_all(units, row))
+            batch = _FIRST_BATCH
             continue
         stale = np.flatnonzero(free_M & (made_M < len(taken)))
-        if len(stale) > _BATCH:
-            stale = stale[np.argpartition(-ceiling_M[stale], _BATCH)[:_BATCH]]
+        if len(stale) > batch:
+            stale = stale[np.argpartition(-ceiling_M[stale], batch)[:batch]]
+        batch = min(2 * batch, _LARGEST_BATCH)
         gain_MB = np.maximum(0.0, 1.0 + units.similarity(slice(None), stale) - cover_M[:, None])
         bound_M[stale] = gain_MB.sum(axis=0)
         made_M[stale] = len(taken)

@@ -144,9 +144,9 @@ def test_k_center_is_the_greedy_one():
     assert choice.threshold == pytest.approx((1 - cosines(table)[taken[-1], taken[:-1]]).min(), abs=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 64])
-def test_lazy_facility_location_is_the_greedy_one(batch, monkeypatch):
-    monkeypatch.setattr("prunetune.methods.samples.diversity._BATCH", batch)
+@pytest.mark.parametrize("first", [1, 3, 64])
+def test_lazy_facility_location_is_the_greedy_one(first, monkeypatch):
+    monkeypatch.setattr("prunetune.methods.samples.diversity._FIRST_BATCH", first)
     table = vectors_table(np.random.default_rng(2).normal(size=(50, 4)))
     choice = build_samples("diversity", {}).choose(table, 8)
     taken = greedy_facility(cosines(table), 8)
