@@ -56,7 +56,18 @@ class RepeatFilter(SampleMethod):
         other = np.array([table.ids[row] if row >= 0 else "" for row in repeated], dtype=object)
         return SampleChoice(keep, similarity, reason, self.border(), other=other)
 
+    def lottery(self) -> SampleMethod:
+        """The draw from the rows that are left, as a method of its own."""
+        return _Lottery(self.options, self.seed)
+
     def _lots(self, table: ScoreTable) -> np.ndarray:
+        return self.lottery().scores(table)
+
+
+class _Lottery(SampleMethod):
+    """Rows by lot."""
+
+    def scores(self, table: ScoreTable) -> np.ndarray:
         return lots(table, self.seed, "samples.repeats")
 
 

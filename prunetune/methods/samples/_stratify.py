@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from prunetune.core.errors import DataError
 from prunetune.methods.samples import SampleChoice, SampleMethod
+from prunetune.methods.samples._repeats import RepeatFilter
 from prunetune.model.score_table import ScoreTable
 
 Stratum = Literal["source", "label", "length"]
@@ -60,7 +62,8 @@ def choose_stratified(
 ) -> SampleChoice:
     """What ``method`` chooses in each stratum by itself, the strata in proportion to their rows with targets.
 
-    What a stratum cannot give, because the method judges or allows fewer of its rows, goes to the others.
+    What a stratum cannot give, because the method judges or allows fewer of its rows, goes to the others. Methods
+    against repeats look for them in all strata together and share out the rows that are left.
 
     Args:
         method: ranks or chooses inside each stratum.
@@ -71,12 +74,21 @@ def choose_stratified(
             ``count``, rounded up.
 
     Returns:
-        The choices of all strata; its threshold is None unless there is only one stratum.
+        The choices of all strata; its threshold is None unless one border holds for all of them.
 
     Raises:
         DataError: the minimums together are more than ``count``.
     """
     table.require(method.needs, type(method).__name__)
+    if isinstance(method, RepeatFilter):
+        # A row and its copy may stand in two strata: who repeats whom is found in all of them first.
+        whole = method.choose(table, len(table))
+        rest = whole.keep
+        drawn = choose_stratified(method.lottery(), table.pick(rest), count, strata[rest], minimum)
+        keep, reason = rest.copy(), whole.reason.copy()
+        keep[rest] = drawn.keep
+        reason[rest & ~keep] = "not_drawn"
+        return replace(whole, keep=keep, reason=reason)
     count = min(max(0, count), int((table.targets > 0).sum()))
     names = sorted(set(strata.tolist()))
     rows = [np.flatnonzero(strata == name) for name in names]

@@ -114,11 +114,29 @@ def test_rows_without_targets_do_not_count_in_proportions():
     assert not choose_stratified(build_samples("random", {}), table, 0, strata).keep.any()
 
 
-def test_repeats_and_prunable_rows_come_through():
+def test_repeats_are_found_across_strata():
     table, strata = filled(1.5, 12), sources(a=6, b=6)
-    choice = choose_stratified(build_samples("exact_duplicates", {}), table, 12, strata)
-    assert choice.keep.sum() == 2
-    assert (choice.other != "").sum() == 10
+    for name in ("exact_duplicates", "near_duplicates", "semantic_duplicates"):
+        choice = choose_stratified(build_samples(name, {}), table, 12, strata)
+        assert choice.keep.sum() == 1
+        assert (choice.other != "").sum() == 11
+        assert choice.threshold is not None
+
+
+@pytest.mark.parametrize("name", ["exact_duplicates", "near_duplicates", "semantic_duplicates"])
+def test_what_is_left_without_repeats_is_shared_out(name):
+    method, table, strata = build_samples(name, {}), random_table(60), sources(a=40, b=20)
+    choice = choose_stratified(method, table, 15, strata)
+    assert per_stratum(choice, strata) == {"a": 10, "b": 5}
+    assert set(choice.reason) == {"unique", "not_drawn"}
+    assert (choice.reason == "unique").tolist() == choice.keep.tolist()
+    # With one stratum the same rows as without any.
+    one = choose_stratified(method, table, 15, np.full(60, "", dtype=object))
+    assert one.keep.tolist() == method.choose(table, 15).keep.tolist()
+
+
+def test_prunable_rows_come_through():
+    strata = sources(a=6, b=6)
     tuned = choose_stratified(build_samples("q_tuning", {}), random_table(12), 6, strata)
     assert tuned.keep.sum() == 6
     assert not (tuned.prunable & ~tuned.keep).any()
