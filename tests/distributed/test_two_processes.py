@@ -30,15 +30,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(processes: int, out: Path, **asked: Any) -> list[dict[str, Any]]:
-    """Runs joint_script.py in so many processes; what each of them saw."""
+def launch(
+    processes: int, out: Path, script: str = "tests.distributed.joint_script", **asked: Any
+) -> list[dict[str, Any]]:
+    """Runs a script in so many processes; what each of them saw."""
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.distributed.joint_script"]
+    command = [sys.executable, "-m", script]
     if processes > 1:
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP)),
             *("--num_processes", str(processes), "--main_process_port", str(free_port())),
-            *("--module", "tests.distributed.joint_script"),
+            *("--module", script),
         ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
