@@ -19,6 +19,7 @@ from prunetune.data.sources import Rows
 from prunetune.data.tokenise import Tokens, ends_with_stop, measure, tokenise
 from prunetune.methods.samples import build_samples
 from prunetune.model.score_table import ScoreTable
+from prunetune.model.token_rows import IGNORED_LABEL
 
 Shown = Literal["context", "trained", "cut"]
 _SHOWN_ROWS = 3
@@ -126,7 +127,7 @@ def inspect(
         truncated=measured.truncated,
         max_length=max_length,
         exact=_exact(part),
-        near=_near(part, tokens) if near_duplicates else None,
+        near=_near(part, tokens, tokenizer) if near_duplicates else None,
         shown=_shown(part, tokens, tokenizer, max_length),
         warnings=[],
     )
@@ -161,12 +162,14 @@ def _tokens(part: Part, tokenizer: Any, bad: dict[int, str]) -> tuple[Part, list
     return part.pick(keep), tokens
 
 
-def _texts(example: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _texts(example: Mapping[str, Any], row: Tokens, tokenizer: Any) -> tuple[list[str], list[str]]:
     """What was put into the context, and what was put in to be learnt."""
 
     def contents(value: Any) -> list[str]:
         return [value] if isinstance(value, str) else [message["content"] for message in value]
 
+    if "input_ids" in example:
+        return [tokenizer.decode(row.ids[: row.target_start])], [tokenizer.decode(row.ids[row.target_start :])]
     if "completion" in example:
         return contents(example["prompt"]), contents(example["completion"])
     return [], contents(example["messages"] if "messages" in example else example["text"])
@@ -176,7 +179,7 @@ def _altered(part: Part, tokens: Sequence[Tokens], tokenizer: Any) -> dict[int, 
     """Rows whose text does not come back from its tokens; white space does not count, templates may trim it."""
     found = {}
     for place, example, row in zip(part.places, part.examples, tokens):
-        context, answers = _texts(example)
+        context, answers = _texts(example, row, tokenizer)
         whole, target = _bare(tokenizer.decode(row.ids)), _bare(tokenizer.decode(row.ids[row.target_start :]))
         lost = [("prompt", text) for text in context if _bare(text) not in whole]
         lost += [("answer", text) for text in answers if _bare(text) not in target]
@@ -204,11 +207,11 @@ def _exact(part: Part) -> dict[int, int]:
     return found
 
 
-def _near(part: Part, tokens: Sequence[Tokens]) -> dict[int, int]:
+def _near(part: Part, tokens: Sequence[Tokens], tokenizer: Any) -> dict[int, int]:
     """Near duplicates among the different rows, as the sample method of that name finds them."""
     keep = split.distinct(part.examples)
     ids = [split.content_key(part.examples[index]) for index in keep]
-    texts = [_texts(part.examples[index]) for index in keep]
+    texts = [_texts(part.examples[index], tokens[index], tokenizer) for index in keep]
     table = ScoreTable(
         ids,
         np.concatenate([[0], np.cumsum([max(1, tokens[index].targets(None)) for index in keep])]).astype(np.int64),
@@ -228,8 +231,11 @@ def _shown(part: Part, tokens: Sequence[Tokens], tokenizer: Any, max_length: int
     for index in split.sample(part.examples, _SHOWN_ROWS, "shown rows"):
         row = tokens[index]
         limit = len(row.ids) if max_length is None else max_length
+        trained = np.arange(len(row.ids)) >= row.target_start
+        if row.labels is not None:
+            trained &= np.asarray(row.labels) != IGNORED_LABEL
         states: list[Shown] = [
-            "cut" if i >= limit else "trained" if i >= row.target_start else "context" for i in range(len(row.ids))
+            "cut" if i >= limit else "trained" if trained[i] else "context" for i in range(len(row.ids))
         ]
         found.append(ShownRow(part.places[index], pieces(tokenizer.decode, row.ids, states)))
     return found

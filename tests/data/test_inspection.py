@@ -6,7 +6,9 @@ import pytest
 
 from prunetune.core.errors import DataError
 from prunetune.data.inspection import inspect
+from prunetune.data.selection import select, write_selection
 from tests.data.conftest import CHATML, make_tokenizer
+from tests.data.selections import stored
 from tests.support import tiny_tokenizer
 
 QUESTION = "What is the {} thing that one should know about number {} of all the many things there are"
@@ -101,6 +103,18 @@ def test_without_a_template_rows_are_plain_text(raw_tokenizer):
     assert not found.chat
     assert found.stops == 1.0
     assert found.warnings == []
+
+
+def test_a_selection_is_inspected_as_it_will_be_trained(tmp_path):
+    kept = select(stored(), tokens_method="loss", tokens_kept=0.5)
+    write_selection(kept, tmp_path / "kept")
+    found = inspect(tmp_path / "kept", tiny_tokenizer(), max_length=None)
+    assert "laid out as tokens" in found.layout
+    assert found.facts["target_tokens"] == kept.kept.sum()
+    assert (found.altered, found.exact, found.stops) == ({}, {}, 1.0)
+    for shown in found.shown:
+        trained = sum(len(text.split()) for text, state in shown.segments if state == "trained")
+        assert trained == sum(label != -100 for label in kept.dataset()[shown.place - 1]["labels"])
 
 
 @pytest.mark.parametrize(
