@@ -110,25 +110,21 @@ def selection_cautions(config: RunConfig) -> Iterator[str]:
         yield "data.samples.kept is 100%: every row is scored, and only a method that filters would drop one"
     if tokens.method is not None and tokens.kept == 1:
         yield "data.tokens.kept is 100%: target tokens are scored and all of them stay"
-    if samples.method not in (None, INFOBATCH) and 0.5 <= samples.kept < 1 and online.rescore_after == 0:
-        yield (
-            f"data.samples.kept is {samples.kept:.0%}: scoring every step costs what half of a LoRA step does, so "
-            "below about 50% kept a step gets cheaper, above it dearer"
-        )
 
 
-def step_cost(config: RunConfig, steps: int) -> float:
+def step_cost(config: RunConfig, steps: int, passes: int) -> float:
     """Training FLOPs of the chosen rows and of scoring, over those of a run on all rows.
 
     A forward pass counts 1; the backward pass of frozen weights counts 1, recomputed activations 1 more. Statistics
     that are used again, and what InfoBatch saves, are not known beforehand and count as nothing saved.
+
+    Args:
+        config: the run's settings.
+        steps: optimizer steps of the run.
+        passes: forward passes over all rows that the methods need beforehand.
     """
-    samples, tokens = config.data.samples, config.data.tokens
-    if config.selection() is None:
-        return 1.0
     active = active_steps(config.data.online, steps)
     whole = 3.0 if config.train.activation_checkpointing else 2.0
-    scoring = 0.0 if samples.method == INFOBATCH and tokens.method is None else 1.0
-    chosen = (scoring + whole * samples.kept) / whole
+    chosen = passes / whole + config.data.samples.kept
     share = max(0, active.end - active.begin) / steps
     return 1.0 - share + share * chosen

@@ -36,6 +36,12 @@ def needed_columns(select: SelectionConfig) -> frozenset[str]:
     return needs
 
 
+def scoring_passes(select: SelectionConfig | None) -> int:
+    """Forward passes without gradients over all rows of a step, before those that stay are trained on."""
+    needs = frozenset() if select is None else needed_columns(select)
+    return (1 if needs & SCORED else 0) + (1 if REFERENCE in needs else 0)
+
+
 def _samples(select: SelectionConfig) -> Iterator[Problem]:
     name = select.samples.method
     if name is None:

@@ -112,7 +112,11 @@ def plan_run(config: RunConfig) -> RunPlan:
         steps=steps,
         relative_flops=_relative_flops(config, steps, dense, compact),
         derived=tuple(derive(config, steps)),
-        warnings=(*cautions(config, steps), *_resource_warnings(config, arch, dense, compact)),
+        warnings=(
+            *cautions(config, steps),
+            *_selection_warnings(config, steps),
+            *_resource_warnings(config, arch, dense, compact),
+        ),
     )
 
 
@@ -160,7 +164,24 @@ def _relative_flops(config: RunConfig, steps: int | None, dense: Facts, compact:
         return None
     parts = phase_steps(config.phases, steps)
     narrowing = (parts.freeze + parts.recover * compact.flops_per_token / dense.flops_per_token) / steps
-    return narrowing * step_cost(config, steps)
+    return narrowing * step_cost(config, steps, _scoring_passes(config))
+
+
+def _scoring_passes(config: RunConfig) -> int:
+    if config.selection() is None:
+        return 0
+    from prunetune.methods.online import scoring_passes
+
+    return scoring_passes(config.selection())
+
+
+def _selection_warnings(config: RunConfig, steps: int | None) -> Iterator[str]:
+    cost = step_cost(config, steps, _scoring_passes(config)) if steps else 1.0
+    if cost > 1.005 and config.data.online.rescore_after == 0:
+        yield (
+            f"choosing while training makes a step {cost - 1:.0%} dearer: rows are scored by a forward pass of their "
+            "own, which pays below about half of the rows; lower data.samples.kept, or set data.online.rescore_after"
+        )
 
 
 def _resource_warnings(config: RunConfig, arch: Architecture, dense: Facts, compact: Facts) -> Iterator[str]:

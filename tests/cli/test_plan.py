@@ -58,6 +58,22 @@ def test_adapters_that_match_nothing_are_refused(run_file: Path) -> None:
     assert some.dense.lora_params == 4 * 16 * (128 + 96)
 
 
+def test_choosing_while_training_is_counted_and_shown(run_file: Path) -> None:
+    given = ["data.samples=q_tuning", "data.samples.kept=25%", "data.tokens=loss", "data.tokens.kept=70%"]
+    plain = plan_run(load_config(run_file, ["train.max_steps=80"]))
+    plan = plan_run(load_config(run_file, [*given, "train.max_steps=80"]))
+    assert plain.relative_flops is not None
+    assert plan.relative_flops == pytest.approx(0.75 * plain.relative_flops)
+    result = invoke("plan", str(run_file), *given, width=80)
+    shown = " ".join(result.output.split())
+    assert "rows chosen while training by q_tuning, 25.0% stay" in shown
+    assert "target tokens chosen while training by loss, 70.0% stay" in shown
+    assert "2 of 8 a step and process" in shown
+    assert not any("dearer" in text for text in plan.warnings)
+    dearer = plan_run(load_config(run_file, ["data.samples=loss", "data.samples.kept=75%", "train.max_steps=80"]))
+    assert any("25% dearer" in text for text in dearer.warnings)
+
+
 def test_a_row_beyond_the_context_is_pointed_out(run_file: Path) -> None:
     plan = plan_run(load_config(run_file, ["train.max_length=512"]))
     assert any("beyond the model's context of 128 tokens" in text for text in plan.warnings)
