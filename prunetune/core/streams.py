@@ -19,6 +19,27 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
         >>> a.random() == b.random()
         True
     """
+    return np.random.Generator(np.random.Philox(key=_key(seed, names)))
+
+
+def _key(seed: int, names: tuple[str | int, ...]) -> int:
     text = "\x1f".join([str(seed), *map(str, names)])
-    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def lattice(seed: int, *names: str | int, rows: slice, columns: int) -> np.ndarray:
+    """(rows, columns) uint32: rows of a named random matrix, each found without drawing the ones before it.
+
+    Entry (i, j) depends on the seed, the names, i, j and ``columns`` alone, so any blocks of rows, in any order, are
+    blocks of one matrix. Layout: a row takes ``ceil(columns / 8)`` counters of Philox4x64 (eight 32-bit words each,
+    low word first), and begins at counter ``row * ceil(columns / 8)``.
+
+    Example:
+        >>> whole = lattice(0, "w", rows=slice(0, 4), columns=3)
+        >>> bool((lattice(0, "w", rows=slice(2, 4), columns=3) == whole[2:]).all())
+        True
+    """
+    count, width = rows.stop - rows.start, -(-columns // 8)
+    generator = np.random.Philox(key=_key(seed, names), counter=rows.start * width)
+    words = generator.random_raw(count * width * 4).astype("<u8", copy=False).view("<u4")
+    return np.ascontiguousarray(words.reshape(count, width * 8)[:, :columns])

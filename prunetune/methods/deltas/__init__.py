@@ -1,0 +1,117 @@
+"""Delta methods: how much of what was learnt is kept. One file is one method: a delta in, a lazier delta out.
+
+A method never makes the whole matrix: it wraps a delta in one that changes each block of rows as it is asked for.
+Random masks are drawn in the coordinates of the dense, unsharded tensor and named by model and tensor, so block size,
+shard order, number of processes and pruning of the base change nothing.
+Legend: m x n the delta's shape.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.registry import Registry
+from prunetune.core.sizes import parse_fraction
+from prunetune.core.streams import lattice
+from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.model.deltas import Delta, Place
+
+
+@dataclass(frozen=True)
+class DeltaContext:
+    """What a method may know beside the delta.
+
+    Args:
+        seed: of all random masks.
+        model: name of the adapter or tuned model; masks of different models are independent.
+        inputs: (n,) mean square of each input channel over calibration tokens, or None.
+        outer: (n, n) second moment of the inputs, or None.
+    """
+
+    seed: int = 0
+    model: str = ""
+    inputs: Tensor | None = None
+    outer: Tensor | None = None
+
+
+class DropOptions(MethodOptions):
+    """The option that nearly all methods have."""
+
+    drop: float = Field(0.9, ge=0.0, le=1.0, description="fraction of the delta's entries that is dropped")
+
+
+class DeltaMethod(ABC):
+    """A method that prunes deltas.
+
+    Args:
+        options: the method's own options.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    paper: ClassVar[str] = ""
+    # What it cannot work without, of {"inputs", "outer"}.
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: MethodOptions):
+        self.options = options
+
+    @abstractmethod
+    def apply(self, delta: Delta, context: DeltaContext) -> Delta:
+        """The pruned delta, same shape and place."""
+
+
+def random_words(place: Place, context: DeltaContext, purpose: str, start: int, stop: int) -> Tensor:
+    """(stop - start, n) int64 in [0, 2^32): the words that decide about these rows, in dense coordinates."""
+    rows = torch.arange(start, stop) if place.rows is None else place.rows[start:stop]
+    names = (purpose, context.model, place.name)
+    runs = _runs(rows.tolist())
+    drawn = [lattice(context.seed, *names, rows=run, columns=place.shape[1]) for run in runs]
+    words = torch.from_numpy(np.concatenate(drawn).astype(np.int64))
+    return words if place.columns is None else words[:, place.columns]
+
+
+def _runs(rows: list[int]) -> list[slice]:
+    """Neighbouring numbers together."""
+    runs: list[slice] = []
+    for row in rows:
+        if runs and runs[-1].stop == row:
+            runs[-1] = slice(runs[-1].start, row + 1)
+        else:
+            runs.append(slice(row, row + 1))
+    return runs
+
+
+def threshold(keep: float) -> int:
+    """Words below this are kept. Of the probability to KEEP: rounded in 32 bits it is off by 2^-32 at most."""
+    return round(keep * 2**32)
+
+
+DELTAS: Registry[type[DeltaMethod]] = Registry("delta method", "prunetune.methods.deltas")
+
+
+def build_delta(method: str, options: Mapping[str, Any]) -> DeltaMethod:
+    """The delta method called ``method``; raises ConfigError for unknown names, options and values."""
+    kind = DELTAS.get(method)
+    given = dict(options)
+    for name in ("drop", "rescale"):
+        if isinstance(given.get(name), str) and given[name][:1].isdigit():
+            given[name] = parse_fraction(given[name])
+    return kind(parse_options("delta", method, kind.Options, given))
+
+
+def check_delta(method: str, options: Mapping[str, Any]) -> list[Problem]:
+    """The problems that ``build_delta`` would raise."""
+    try:
+        build_delta(method, options)
+    except ConfigError as error:
+        return list(error.problems)
+    return []

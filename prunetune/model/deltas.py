@@ -1,0 +1,145 @@
+"""Deltas: what tuning added to one weight matrix, as something that hands out blocks of rows and is never whole.
+
+Legend: M x N the dense tensor, m x n what is left of it in a pruned model (equal if nothing was pruned), r LoRA rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix stands in the dense, unsharded tensor that random masks are drawn for.
+
+    Args:
+        name: stock name of the dense tensor.
+        shape: (M, N) of the dense tensor.
+        rows: (m,) dense numbers of the rows that are here, ascending; None: all.
+        columns: (n,) the same for columns.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    @property
+    def kept_shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        m = self.shape[0] if self.rows is None else len(self.rows)
+        n = self.shape[1] if self.columns is None else len(self.columns)
+        return m, n
+
+
+class Delta(ABC):
+    """One tensor's delta.
+
+    Args:
+        place: where it stands in the dense tensor.
+    """
+
+    def __init__(self, place: Place):
+        self.place = place
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.place.kept_shape
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """(stop - start, n) float32."""
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """(first row, block) from top to bottom, each at most ``block_bytes`` large (or one row)."""
+        m, n = self.shape
+        step = max(1, block_bytes // (4 * max(1, n)))
+        return ((start, self.rows(start, min(start + step, m))) for start in range(0, m, step))
+
+    def whole(self) -> Tensor:
+        """(m, n) float32; for small tensors and tests."""
+        return self.rows(0, self.shape[0])
+
+
+class LowRank(Delta):
+    """``scale * b @ a``: a LoRA adapter's delta.
+
+    Args:
+        place: where it stands. a: (r, n). b: (m, r). scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+    """
+
+    def __init__(self, place: Place, a: Tensor, b: Tensor, scale: float):
+        super().__init__(place)
+        self.a, self.b, self.scale = a.float(), b.float(), scale
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.b[start:stop] @ self.a * self.scale
+
+
+class Difference(Delta):
+    """``tuned - base``, subtracted in float32.
+
+    Args:
+        place: where it stands.
+        tuned: (start, stop) -> rows of the tuned tensor. base: the same of the base's.
+    """
+
+    def __init__(self, place: Place, tuned: Callable[[int, int], Tensor], base: Callable[[int, int], Tensor]):
+        super().__init__(place)
+        self._tuned, self._base = tuned, base
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._tuned(start, stop).float() - self._base(start, stop).float()
+
+
+class Mapped(Delta):
+    """Another delta, changed block by block.
+
+    Args:
+        delta: the one underneath.
+        change: (block, start, stop) -> block of the same shape.
+    """
+
+    def __init__(self, delta: Delta, change: Callable[[Tensor, int, int], Tensor]):
+        super().__init__(delta.place)
+        self._delta, self._change = delta, change
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._change(self._delta.rows(start, stop), start, stop)
+
+
+@torch.no_grad()
+def alignment(delta: Delta, inputs: Tensor, outer: Tensor | None = None) -> float:
+    """How little the delta's outputs gain from adding up: R = sum_ij D_ij^2 E[x_j^2] / E|Dx|^2.
+
+    1: the contributions of different inputs are incoherent; far below 1: inputs align with the delta, and random
+    dropping hurts little. Dropping with probability p and dividing by 1 - p has the relative output error
+    sqrt(R p / (1 - p)).
+
+    Args:
+        delta: the delta.
+        inputs: (n,) mean square of each input channel.
+        outer: (n, n) second moment of the inputs; None: taken as diagonal, then R is 1.
+    """
+    if outer is None:
+        return 1.0
+    if isinstance(delta, LowRank):
+        # Both sums through r x r products; the delta itself is never made.
+        gram = delta.b.double().T @ delta.b.double()
+        a = delta.a.double()
+        apart = (gram * (a * inputs.double() @ a.T)).sum()
+        together = (gram * (a @ outer.double() @ a.T)).sum()
+        return float(apart / together) if together > 0 else 1.0
+    apart_sum = together_sum = 0.0
+    for _, block in delta.blocks():
+        apart_sum += float((block.double().square() @ inputs.double()).sum())
+        together_sum += float(((block.double() @ outer.double()) * block.double()).sum())
+    return apart_sum / together_sum if together_sum > 0 else 1.0
