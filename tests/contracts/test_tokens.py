@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from prunetune.core.errors import ConfigError, DataError
+from prunetune.methods.ranking import significant
 from prunetune.methods.tokens import TOKENS, TokenMethod, build_tokens, check_tokens, choose_tokens
 from prunetune.model.score_table import ScoreTable
 
@@ -143,6 +144,30 @@ def test_every_row_keeps_its_floor(name, scope):
         given = table(counts=(20, 20), **columns)
         left = given.total(choose_tokens(build_tokens(name, {}), given, 0.4, scope=scope, floor=0.3))
         assert (left >= 6).all()
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENS.names() if not whole(name)])
+@by_scope
+@pytest.mark.parametrize("seed", range(6))
+def test_no_dropped_token_outranks_a_kept_one(name, scope, seed):
+    rng = np.random.default_rng(seed)
+    given = table(counts=tuple(rng.integers(0, 15, 8)), seed=seed)
+    fixed = rng.random(int(given.offsets[-1])) < 0.2
+    given.tokens["protected"][:] = fixed
+    method, floor = build_tokens(name, {}), 0.2
+    keep = choose_tokens(method, given, 0.5, scope=scope, floor=floor)
+    ranked = significant(method.scores(given))
+    spare = keep & ~fixed
+    for row in range(len(given)):
+        inside = given.row_of_token == row
+        if (spare & inside).any() and (~keep & inside).any():
+            assert ranked[spare & inside].min() >= ranked[~keep & inside].max()
+    if scope == "all":
+        least = np.maximum(np.ceil(floor * given.targets - 1e-9), np.minimum(1, given.targets))
+        above = given.total(keep) > least
+        spare &= above[given.row_of_token]
+        if spare.any() and (~keep).any():
+            assert ranked[spare].min() >= ranked[~keep].max()
 
 
 @by_name
