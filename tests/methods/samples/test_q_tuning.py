@@ -127,6 +127,36 @@ def test_of_the_wanted_quadrants_the_smallest_differences_are_trimmed():
     assert trims > 5
 
 
+def test_no_row_of_a_wanted_quadrant_is_given_up_for_a_topped_up_one():
+    for seed in range(10):
+        draw = np.random.default_rng(seed)
+        nll = draw.normal(2.0, 0.5, 40)
+        reasons = set(choose(16, nll, 0.8 * nll + draw.normal(1.0, 0.3, 40)).reason)
+        assert "topup" in reasons
+        assert "trimmed" not in reasons
+
+
+def test_published_returns_the_last_cut_and_exact_the_best():
+    differ = 0
+    for seed in range(10):
+        table = random_table(30, seed=seed)
+        cuts = {}
+        for mode in ("exact", "published"):
+            method = build_samples("q_tuning", {"mode": mode})
+            cuts[mode] = method.quadrants(table, 9).names.tolist()
+            error, uncertainty = method.axes(table)
+            expected = find_quadrants(error, uncertainty, 0.3, tolerance=0.01, steps=10, best=mode == "exact")
+            assert cuts[mode] == expected.names.tolist()
+        differ += cuts["exact"] != cuts["published"]
+    assert differ > 0
+
+
+def test_equal_rows_are_all_known_and_sure():
+    choice = choose(3, np.full(8, 1.0), np.full(8, 1.0))
+    assert sorted(choice.reason) == ["Q3"] * 5 + ["topup"] * 3
+    assert choice.prunable.sum() == 3
+
+
 def test_published_tops_up_too():
     table = random_table(32, seed=2)
     assert build_samples("q_tuning", {"mode": "published"}).choose(table, 24).keep.sum() >= 24

@@ -67,8 +67,10 @@ def test_limits_leave_out_exact_shares_of_both_ends():
     assert np.flatnonzero(choice.keep).tolist() == [2, 3, 4, 5, 6]
     assert set(choice.reason[~choice.keep]) == {"filtered"}
     assert kept("el2n", means_table(el2n=np.arange(10) / 10), 3, drop_top=0.2) == [5, 6, 7]
-    # Shares that are no multiple of a tenth only in floating point: 0.57 of 100 rows is 57.
-    assert len(kept("loss", means_table(nll=np.arange(100) / 30), 100, upper=0.57)) == 57
+    # In floating point 0.57 * 100 is below 57 and 0.07 * 100 above 7.
+    hundred = means_table(nll=np.arange(100) / 30)
+    assert kept("loss", hundred, 100, lower=0.57) == list(range(57, 100))
+    assert kept("loss", hundred, 100, upper=0.07) == list(range(7))
 
 
 def test_limits_of_equal_values_leave_out_as_many():
