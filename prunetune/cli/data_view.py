@@ -26,6 +26,8 @@ STYLES = {
     "dropped": "strike red",
     "cut": "strike dim",
 }
+# Where there are no styles: in a file, in a pipe.
+BRACKETS = {"trained": ("[[", "]]"), "kept": ("[[", "]]"), "dropped": ("~~", "~~"), "cut": ("~~", "~~")}
 _MOST_CHARACTERS = 1500
 _MOST_BAD = 10
 
@@ -53,7 +55,8 @@ def show_inspection(found: Inspection) -> None:
     repeats = {**found.exact, **(found.near or {})}
     _places("rows that repeat others", found.unit, {place: f"like {found.unit} {repeats[place]}" for place in repeats})
     if found.shown:
-        console().print("Some rows, [bold green]what the loss sees[/bold green] in bold:")
+        key = [("Some rows: context", "context"), ("what the loss sees", "trained"), ("what is cut off", "cut")]
+        console().print(_key(key))
     for shown in found.shown:
         console().print(f"\n[bold]{found.unit} {shown.place}[/bold]")
         console().print(marked(shown.segments), soft_wrap=True)
@@ -72,15 +75,21 @@ def _places(title: str, unit: str, faults: Mapping[int, str]) -> None:
 
 
 def marked(segments: Iterable[tuple[str, str]]) -> Text:
-    """Pieces of text, each in the style of its state, cut to what can be read."""
+    """Pieces of text, each in the style of its state (in brackets if it is not shown), cut to what can be read."""
     text, room = Text(), _MOST_CHARACTERS
+    plain = not console().is_terminal
     for piece, state in segments:
         if room > 0:
-            text.append(piece[:room], style=STYLES[state])
+            before, after = BRACKETS.get(state, ("", "")) if plain else ("", "")
+            text.append(f"{before}{piece[:room]}{after}", style=STYLES[state])
         room -= len(piece)
     if room < 0:
         text.append(f" ... {-room} more characters", style="dim italic")
     return text
+
+
+def _key(names: Iterable[tuple[str, str]]) -> Text:
+    return Text(", ").join(marked([entry]) for entry in names)
 
 
 def show_scores(scores: StoredScores, out: Path) -> None:
@@ -126,8 +135,7 @@ def show_explanation(found: Explanation) -> None:
         console().print(escape(sentence), soft_wrap=True)
     console().print()
     console().print(marked(found.segments), soft_wrap=True)
-    key = Text("context", style=STYLES["context"]) + Text(", ") + Text("what the loss sees", style=STYLES["kept"])
-    console().print(key + Text(", ") + Text("dropped", style=STYLES["dropped"]))
+    console().print(_key([("context", "context"), ("what the loss sees", "kept"), ("dropped", "dropped")]))
 
 
 def show_difference(found: Difference, first: str, second: str, most: int) -> None:

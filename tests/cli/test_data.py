@@ -112,6 +112,9 @@ def test_explain_says_why(kept, decision):
     assert ("dropped: " if decision == "drop" else "kept: ") in result.output
     assert "ppl" in result.output
     assert "</s>" in result.output
+    text = result.output.splitlines()[-2]
+    # Not a terminal: brackets instead of styles.
+    assert ("[[" in text, "~~" in text) == (decision != "drop", decision != "keep")
     assert "no row of" in invoke("data", "explain", kept, "--id", "zzz", width=200).output
 
 
@@ -161,7 +164,8 @@ def test_from_rows_to_a_selection(tmp_path):
     assert result.exit_code == 0, result.output
     assert "13 rows" in result.output
     assert "line 13: completion is empty" in result.output
-    assert "what the loss sees" in result.output
+    assert "[[what the loss sees]]" in result.output
+    assert "</s>]]" in result.output.replace(" ]]", "]]")
     write_rows(rows, tiny_rows(12))
     result = invoke("data", "score", rows, "--model", model, "--out", tmp_path / "scores", "--with", "ifd", width=200)
     assert result.exit_code == 0, result.output
