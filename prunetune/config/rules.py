@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prunetune.config.presets import export_folder, learning_rate_warmup, phase_steps
 from prunetune.config.schema import RunConfig
-from prunetune.config.selection_rules import selection_cautions, selection_faults
+from prunetune.config.selection_rules import run_faults, selection_cautions
 from prunetune.config.upstream import OWN_SETTING, scheduler_names, sft_fields
 from prunetune.core.errors import Problem, suggest
 
@@ -32,7 +32,7 @@ _TRACKERS = {
 def check(config: RunConfig) -> list[Problem]:
     """Every combination in ``config`` that cannot work; ``field`` is the dotted key to change."""
     rules = (
-        *(_target, _data, _data_files, selection_faults, _loss, _steps, _further_sft, _trackers),
+        *(_target, _data, _data_files, run_faults, _loss, _steps, _further_sft, _trackers),
         *(_lora, _folders, _evaluate),
     )
     return [Problem(message, field=field) for rule in rules for field, message in rule(config)]

@@ -54,7 +54,7 @@ class SampleConfig(MethodSection):
     """Which rows of an optimizer step are trained on, decided while training."""
 
     method: str | None = Field(None, description="see `prunetune list samples`; none: every row")
-    kept: Fraction = Field(1.0, description="fraction of each optimizer step's rows that stays, at least one row")
+    kept: Fraction = Field(1.0, gt=0, description="fraction of each optimizer step's rows that stays, at least one row")
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +66,7 @@ class TokenConfig(MethodSection):
     """Which target tokens of the rows that stay are in the loss; the others remain as context."""
 
     method: str | None = Field(None, description="see `prunetune list tokens`; none: every target token")
-    kept: Fraction = Field(1.0, description="fraction of the kept rows' target tokens that stays")
+    kept: Fraction = Field(1.0, gt=0, description="fraction of the kept rows' target tokens that stays")
     scope: Literal["sample", "all"] = Field("all", description="rank within each row, or over an optimizer step's rows")
     floor: Fraction = Field(0.1, description="every row keeps at least this fraction of its targets, and one")
 

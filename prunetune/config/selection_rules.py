@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prunetune.config.schema import OnlineConfig, RunConfig, SampleConfig, TokenConfig
+from prunetune.config.schema import DataConfig, OnlineConfig, RunConfig, SampleConfig, SelectionConfig, TokenConfig
 
 # The method that chooses once an epoch from the losses of the training forward; it has no scoring pass.
 INFOBATCH = "infobatch"
@@ -40,13 +40,22 @@ def row_count(kept: float, rows: int) -> int:
     return min(max(round(kept * rows), 1), rows)
 
 
-def selection_faults(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """(dotted key, message) of everything that cannot work."""
-    samples, tokens, online = config.data.samples, config.data.tokens, config.data.online
+def run_faults(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(dotted key, message) of everything that cannot work in a run."""
+    yield from selection_faults(config.data)
+    if config.selection() is not None and config.train.packing:
+        yield (
+            "train.packing",
+            "joins rows before they could be told apart, and data.samples and data.tokens choose among rows; "
+            "set it to false",
+        )
+
+
+def selection_faults(select: DataConfig | SelectionConfig) -> Iterator[tuple[str, str]]:
+    """(dotted key, message) of everything that cannot work in what is chosen."""
+    samples, tokens, online = select.samples, select.tokens, select.online
     for name, part in (("samples", samples), ("tokens", tokens)):
         yield from _without_method(f"data.{name}", part)
-        if part.kept == 0:
-            yield f"data.{name}.kept", "0% would train on nothing; keep something, for example 25%"
     if samples.method is None and tokens.method is None:
         for name in ("warmup", "anneal", "rescore_after"):
             if getattr(online, name):
@@ -55,12 +64,6 @@ def selection_faults(config: RunConfig) -> Iterator[tuple[str, str]]:
                     "says when rows or tokens are chosen, but nothing chooses; set data.samples.method, or remove it",
                 )
         return
-    if config.train.packing:
-        yield (
-            "train.packing",
-            "joins rows before they could be told apart, and data.samples and data.tokens choose among rows; "
-            "set it to false",
-        )
     if online.warmup + online.anneal == 1:
         yield "data.online", "warmup and anneal cover all the steps, so nothing would ever be chosen; lower one"
     if samples.method == INFOBATCH:

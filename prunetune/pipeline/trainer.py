@@ -13,7 +13,8 @@ from prunetune.train.trainer import JointTrainer
 class PruneTuneTrainer(JointTrainer):
     """``trl.SFTTrainer`` that fine-tunes and shrinks in the same run.
 
-    It takes what SFTTrainer takes, plus ``prune=PruneConfig(...)``; see JointTrainer for the rest.
+    It takes what SFTTrainer takes, plus ``prune=PruneConfig(...)`` and, to train on a part of every step's rows and
+    target tokens, ``select=SelectionConfig(...)``; see JointTrainer and SelectingTrainer for the rest.
 
     Example:
         >>> from datasets import Dataset

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 
 from prunetune.config.schema import SelectionConfig
-from prunetune.config.selection_rules import active_steps
+from prunetune.config.selection_rules import active_steps, selection_faults
 from prunetune.core.errors import ConfigError, DataError, Problem
 from prunetune.methods.online import SCORED, check_online, needed_columns
 from prunetune.methods.samples import build_samples
@@ -58,7 +58,8 @@ class SelectingTrainer(GuardedTrainer):
         self._micro_batches: deque[tuple[list[Row], dict[str, float]]] = deque()
         if select is None:
             return
-        compat.raise_if_any(check_online(select))
+        faults = [Problem(message, field) for field, message in selection_faults(select)]
+        compat.raise_if_any([*faults, *check_online(select)])
         sample = build_samples(select.samples.method, select.samples.options()) if select.samples.method else None
         per_epoch = sample is not None and sample.per_epoch
         self._columns = needed_columns(select)

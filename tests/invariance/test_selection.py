@@ -28,8 +28,9 @@ BOTH = {
         select(),
         select("loss", "loss"),
         select("q_tuning", "neighbour_perplexity"),
-        select({"method": "loss", "kept": "25%"}, {"method": "loss", "kept": "50%"}, warmup=1.0),
-        select({"method": "random", "kept": "50%"}, warmup=0.5, anneal=0.5),
+        # All of the eight steps, once they are rounded.
+        select({"method": "loss", "kept": "25%"}, {"method": "loss", "kept": "50%"}, warmup=0.95),
+        select({"method": "random", "kept": "50%"}, warmup=0.5, anneal=0.45),
     ],
     ids=["none", "loss 100%", "q_tuning 100%", "warm-up", "warm-up and annealing"],
 )

@@ -388,6 +388,8 @@ def test_copies_of_a_row_share_its_fate(tmp_path: Path) -> None:
         (select("less"), {}, "data.samples.method"),
         (select("no_such"), {}, "data.samples.method"),
         (select(None, "paragraph_surprisal"), {}, "data.tokens.method"),
+        (select({"kept": "50%"}), {}, "data.samples.kept"),
+        (select("infobatch", "loss"), {}, "data.samples.weighted"),
         (select({"method": "q_tuning", "mode": "wild"}), {}, "data.samples.mode"),
     ],
 )
