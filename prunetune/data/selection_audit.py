@@ -92,12 +92,17 @@ def _scores(selection: Selection) -> dict[str, np.ndarray]:
     return found
 
 
+def meaning(selection: Selection, reason: str) -> str:
+    """What a reason code says of a row, in words."""
+    known = REASONS.get(reason, "{method} says " + reason)
+    method = selection.settings.samples_method or "the selection"
+    return known.format(method=method, kept=int(selection.choice.keep.sum()))
+
+
 def _sentence(selection: Selection, row: int, decision: str, kept: int) -> str:
     choice, settings = selection.choice, selection.settings
     reason = str(choice.reason[row])
-    known = REASONS.get(reason, "{method} says " + reason)
-    because = known.format(method=settings.samples_method or "the selection", kept=int(choice.keep.sum()))
-    parts = [f"{'dropped' if decision == 'drop' else 'kept'}: {because}"]
+    parts = [f"{'dropped' if decision == 'drop' else 'kept'}: {meaning(selection, reason)}"]
     value = float(choice.value[row])
     if np.isfinite(value):
         border = f", the border is {choice.threshold:.4g}" if choice.threshold is not None else ""

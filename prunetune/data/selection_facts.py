@@ -11,6 +11,7 @@ import numpy as np
 from prunetune import __version__
 from prunetune.core.sizes import format_fraction
 from prunetune.data.selection import STRATA, Selection, settings_json
+from prunetune.data.selection_audit import meaning
 from prunetune.methods.ranking import rank_correlation
 from prunetune.methods.samples._stratify import make_strata
 
@@ -47,6 +48,7 @@ def selection_facts(selection: Selection) -> dict[str, Any]:
         "topup_share": float((selection.choice.reason[selection.choice.keep] == "topup").mean()),
         "cost": projected_cost(header.get("seconds"), counts["kept_forward_tokens"] / max(1, counts["forward_tokens"])),
     }
+    facts["meanings"] = {reason: meaning(selection, reason) for reason in facts["reasons"]}
     facts["warnings"] = list(_warnings(selection, facts))
     return facts
 

@@ -73,7 +73,7 @@ def selection_html(record: SelectionRecord) -> str:
         amounts=_amounts(facts),
         amounts_note=_amounts_note(facts),
         reasons=[
-            (name, f"{count:,}", format_fraction(count / facts["counts"]["rows"]))
+            (name, facts["meanings"][name], f"{count:,}", format_fraction(count / facts["counts"]["rows"]))
             for name, count in sorted(facts["reasons"].items(), key=lambda item: -item[1])
         ],
         cost=[(name, format_fraction(value)) for name, value in facts["cost"]["relative_flops"].items()],

@@ -127,6 +127,7 @@ def test_a_written_selection_opens_with_plain_datasets(tmp_path):
     facts = json.loads((tmp_path / "kept" / "selection.json").read_text())
     assert facts["settings"]["samples_method"] == "q_tuning"
     assert facts["achieved"]["samples"] == 0.5
+    assert set(facts["meanings"]) == set(facts["reasons"])
     assert facts["scores"]["tokenizer_hash"] == "t"
 
 

@@ -27,6 +27,7 @@ def facts(**changes):
         "requested": {"samples": 0.25, "tokens_of_kept_rows": 0.7, "target_tokens": 0.175},
         "achieved": {"samples": 0.25, "tokens_of_kept_rows": 0.7, "target_tokens": 0.175, "forward_tokens": 0.25},
         "reasons": {"Q2": 10, "Q1": 30},
+        "meanings": {"Q2": "a confident mistake", "Q1": "likely noise"},
         "composition": {"source": groups},
         "score_length_spearman": 0.81,
         "topup_share": 0.0,
@@ -63,6 +64,7 @@ def test_the_page_says_what_was_reached_and_fetches_nothing():
     assert "10 of 40 rows stay (25.0%), with 17.5% of the target tokens" in page
     assert "30.0% of the targets of these rows stay as context" in page
     assert "the score follows the number of target tokens" in page
+    assert page.index("likely noise") < page.index("a confident mistake"), "the most frequent reason first"
     assert "Scoring took 12.5 s over 4.0K tokens" in page
     assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"(src|href)=\"(?!data:)", page)
