@@ -146,8 +146,9 @@ def test_of_two_equally_similar_rows_the_smaller_id_is_named():
     # The last shares five of seven words with each of the others, which share four of eight.
     words = ["a b c d e f", "c d e f g h", "b c d e f g"]
     options = {"of": "answer", "ngram": 1, "threshold": 0.6}
+    whole = texts_table(["q"] * 3, words, targets=[9, 9, 1])
     for order in ([0, 1, 2], [1, 0, 2]):
-        table = texts_table(["q"] * 3, [words[row] for row in order], targets=[9, 9, 1])
+        table = whole.pick(np.array(order))
         choice = build_samples("near_duplicates", options).choose(table, ALL)
         assert choice.other.tolist() == ["", "", min(table.ids[:2])]
         assert choice.value[2] == pytest.approx(5 / 7)
