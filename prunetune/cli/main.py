@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from prunetune import __version__
-from prunetune.cli.commands import chat, data, doctor, evaluate, export, listing, plan, train
+from prunetune.cli.commands import chat, data, doctor, evaluate, export, listing, merge, plan, train
 from prunetune.core.console import is_main_process
 from prunetune.core.errors import ConfigError, PrunetuneError
 
@@ -47,6 +47,8 @@ app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("export")(export.export)
 app.add_typer(data.app, name="data")
+app.command("merge")(merge.merge)
+app.add_typer(merge.delta)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("list")(listing.listing)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 64 * 2**20
+_TILE_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,14 @@ class LowRank(Delta):
         self.a, self.b, self.scale = a.float(), b.float(), scale
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.b[start:stop] @ self.a * self.scale
+        # Always in the same tiles: a product of another shape rounds differently, and a method that looks at the delta
+        # twice (for a threshold, then to cut) must see the same bits.
+        tiles = range(start - start % _TILE_ROWS, stop, _TILE_ROWS)
+        made = [self.b[tile : tile + _TILE_ROWS] @ self.a * self.scale for tile in tiles]
+        if not made:
+            return self.a.new_zeros(0, self.a.shape[1])
+        skipped = start - tiles[0]
+        return torch.cat(made)[skipped : skipped + stop - start]
 
 
 class Difference(Delta):
@@ -117,7 +125,7 @@ class Mapped(Delta):
 
 
 @torch.no_grad()
-def alignment(delta: Delta, inputs: Tensor, outer: Tensor | None = None) -> float:
+def alignment(delta: Delta, inputs: Tensor, energy: float) -> float:
     """How little the delta's outputs gain from adding up: R = sum_ij D_ij^2 E[x_j^2] / E|Dx|^2.
 
     1: the contributions of different inputs are incoherent; far below 1: inputs align with the delta, and random
@@ -127,19 +135,13 @@ def alignment(delta: Delta, inputs: Tensor, outer: Tensor | None = None) -> floa
     Args:
         delta: the delta.
         inputs: (n,) mean square of each input channel.
-        outer: (n, n) second moment of the inputs; None: taken as diagonal, then R is 1.
+        energy: mean of |Dx|^2 over the same tokens.
     """
-    if outer is None:
+    if energy <= 0:
         return 1.0
     if isinstance(delta, LowRank):
-        # Both sums through r x r products; the delta itself is never made.
+        # Through an r x r product; the delta itself is never made.
         gram = delta.b.double().T @ delta.b.double()
-        a = delta.a.double()
-        apart = (gram * (a * inputs.double() @ a.T)).sum()
-        together = (gram * (a @ outer.double() @ a.T)).sum()
-        return float(apart / together) if together > 0 else 1.0
-    apart_sum = together_sum = 0.0
-    for _, block in delta.blocks():
-        apart_sum += float((block.double().square() @ inputs.double()).sum())
-        together_sum += float(((block.double() @ outer.double()) * block.double()).sum())
-    return apart_sum / together_sum if together_sum > 0 else 1.0
+        a = delta.a.double() * delta.scale
+        return float((gram * (a * inputs.double() @ a.T)).sum()) / energy
+    return sum(float((block.double().square() @ inputs.double()).sum()) for _, block in delta.blocks()) / energy

@@ -144,6 +144,14 @@ class ShardReader:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a matrix, in its stored dtype; only their bytes are read."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / self.entries[name].file, framework="pt") as file:
+            tensor: Tensor = file.get_slice(name)[start:stop]
+        return tensor
+
 
 class ShardWriter:
     """Writes tensors into files of at most ``shard_size`` bytes, with Hugging Face's names and index.

@@ -22,6 +22,7 @@ class Subject(str, Enum):  # noqa: UP042 - typer shows the values of a (str, Enu
     compensation = "compensation"
     samples = "samples"
     tokens = "tokens"
+    deltas = "deltas"
 
 
 _UNITS = {
@@ -64,6 +65,12 @@ def _tokens() -> list[Table]:
     from prunetune.methods.tokens import TOKENS
 
     return _methods(TOKENS, "data.tokens")
+
+
+def _deltas() -> list[Table]:
+    from prunetune.methods.deltas import DELTAS
+
+    return _methods(DELTAS, "delta", "identity")
 
 
 def _families() -> list[Table]:
@@ -121,4 +128,5 @@ _TABLES = {
     Subject.compensation: _compensation,
     Subject.samples: _samples,
     Subject.tokens: _tokens,
+    Subject.deltas: _deltas,
 }

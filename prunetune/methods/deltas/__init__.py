@@ -34,13 +34,13 @@ class DeltaContext:
         seed: of all random masks.
         model: name of the adapter or tuned model; masks of different models are independent.
         inputs: (n,) mean square of each input channel over calibration tokens, or None.
-        outer: (n, n) second moment of the inputs, or None.
+        energy: mean of |Dx|^2 over the same tokens, D the whole delta and x the inputs, or None.
     """
 
     seed: int = 0
     model: str = ""
     inputs: Tensor | None = None
-    outer: Tensor | None = None
+    energy: float | None = None
 
 
 class DropOptions(MethodOptions):
@@ -58,8 +58,8 @@ class DeltaMethod(ABC):
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
-    # What it cannot work without, of {"inputs", "outer"}.
-    needs: ClassVar[frozenset[str]] = frozenset()
+    # Whether it cannot work without inputs seen on calibration rows, with the options it was given.
+    calibrated: bool = False
 
     def __init__(self, options: MethodOptions):
         self.options = options

@@ -37,6 +37,7 @@ class DarexQ(DeltaMethod):
     def __init__(self, options: DarexOptions):
         super().__init__(options)
         self.options: DarexOptions = options
+        self.calibrated = options.q == "closed_form"
 
     def apply(self, delta: Delta, context: DeltaContext) -> Delta:
         return divided(masked(delta, context, self.options.drop), self.divisor(delta, context))
@@ -50,10 +51,10 @@ class DarexQ(DeltaMethod):
         keep = 1 - self.options.drop
         if self.options.q != "closed_form":
             return min(max(self.options.q, keep), 1.0)
-        if context.inputs is None or context.outer is None:
+        if context.inputs is None or context.energy is None:
             raise DataError(
                 f"darex_q finds q from the inputs of {delta.place.name}, and none were collected. Give --calibration "
                 "with a file of rows, or set q to a number"
             )
-        spread = alignment(delta, context.inputs, context.outer)
+        spread = alignment(delta, context.inputs, context.energy)
         return min(keep + self.options.multiplier * self.options.drop * spread, 1.0)

@@ -14,7 +14,7 @@ class WandaDelta(DeltaMethod):
 
     Options = DropOptions
     paper = "arXiv 2410.09344"
-    needs = frozenset({"inputs"})
+    calibrated = True
 
     def __init__(self, options: DropOptions):
         super().__init__(options)

@@ -31,11 +31,17 @@ def full(place=None, seed=0):
     return Difference(place or Place("w", (M, N)), lambda a, b: dense[a:b] + 1, lambda a, b: torch.ones(b - a, N))
 
 
-def context(seed=0, model="a"):
+def outer_product():
+    """(N, N) second moment of inputs of very different sizes."""
     generator = torch.Generator().manual_seed(9)
     inputs = torch.randn(300, N, generator=generator) * torch.linspace(0.1, 3, N)
-    outer = inputs.T @ inputs / 300
-    return DeltaContext(seed, model, outer.diagonal().clone(), outer)
+    return inputs.T @ inputs / 300
+
+
+def context(seed=0, model="a"):
+    outer, dense = outer_product(), lora().whole()
+    energy = float(((dense @ outer) * dense).sum())
+    return DeltaContext(seed, model, outer.diagonal().clone(), energy)
 
 
 def options_of(name, drop):
@@ -127,7 +133,7 @@ def test_q_of_one_minus_drop_is_dare_bit_for_bit():
 @pytest.mark.parametrize("drop", [0.5, 0.9, 0.99])
 def test_closed_form_q_is_the_best_of_a_grid(make, drop):
     delta, ctx = make(), context()
-    dense, outer = delta.whole().double(), ctx.outer.double()
+    dense, outer = delta.whole().double(), outer_product().double()
     ours = build_delta("darex_q", {"drop": drop}).divisor(delta, ctx)
     keep = 1 - drop
 
@@ -143,8 +149,11 @@ def test_closed_form_q_is_the_best_of_a_grid(make, drop):
 
 def test_alignment_of_factors_is_that_of_the_matrix():
     ctx = context()
-    assert alignment(lora(), ctx.inputs, ctx.outer) == pytest.approx(alignment(full(), ctx.inputs, ctx.outer), rel=1e-4)
-    assert alignment(lora(), ctx.inputs) == 1.0
+    found = [alignment(make(), ctx.inputs, ctx.energy) for make in (lora, full)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    # Independent inputs of one size: nothing but the diagonal is left, and the contributions add nothing.
+    plain = float(lora().whole().double().square().sum())
+    assert alignment(lora(), torch.ones(N), plain) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_l1_keeps_the_absolute_sum():

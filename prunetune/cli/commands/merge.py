@@ -1,0 +1,110 @@
+"""`prunetune merge` and `prunetune delta info`: adapters and tuned models into a base, or what there is to merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from prunetune.pipeline.merge_run import MergeRequest
+
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="SOURCES...", help="folders of LoRA adapters or of fine-tuned models")
+]
+Base = Annotated[str, typer.Option("--base", metavar="BASE", help="the model they were trained on: folder or name")]
+Plan = Annotated[
+    Path | None, typer.Option("--plan", help="plan.json by which the base was pruned, for adapters of the dense model")
+]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help="file of rows, for methods that look at real inputs")
+]
+
+delta = typer.Typer(name="delta", help="What adapters and tuned models changed.", no_args_is_help=True)
+
+
+def merge(
+    sources: Folders,
+    base: Base,
+    out: Annotated[Path, typer.Option("--out", help="folder to write")],
+    how: Annotated[
+        str, typer.Option("--how", help="linear, average, ties, dare_linear, dare_ties, della, breadcrumbs, ...")
+    ] = "linear",
+    weights: Annotated[str | None, typer.Option("--weights", help="of each source, e.g. .5,.3,.2; default: 1")] = None,
+    method: Annotated[
+        str | None, typer.Option("--delta", help="prunes each delta first; see `prunetune list deltas`")
+    ] = None,
+    drop: Annotated[str | None, typer.Option("--drop", help="share of each delta that is dropped, e.g. 90%")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="further options of the delta method")
+    ] = None,
+    plan: Plan = None,
+    calibration: Calibration = None,
+    scale: Annotated[float, typer.Option(help="of the merged delta")] = 1.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as the base is stored")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="a weights file is at most so large")] = "2GB",
+    seed: Annotated[int, typer.Option(help="of random masks")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a former merge there")] = False,
+) -> None:
+    """Merge adapters or fine-tuned models into a base, streaming: memory does not grow with the model."""
+    from prunetune.core.sizes import parse_bytes
+    from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.merge_run import merge_run
+
+    settings = MergeSettings(scale=scale, seed=seed, dtype=_dtype(dtype), shard_size=parse_bytes(shard_size))
+    request = _request(sources, base, how, weights, method, drop, options, plan, calibration, settings)
+    merge_run(request, out, overwrite=overwrite)
+
+
+@delta.command("info")
+def info(sources: Folders, base: Base, plan: Plan = None, calibration: Calibration = None) -> None:
+    """Show how large the changes are, tensor by tensor, and how much of them could be dropped."""
+    from prunetune.cli.delta_view import show_info
+    from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.merge_run import delta_info
+
+    request = _request(sources, base, "linear", None, None, None, None, plan, calibration, MergeSettings())
+    show_info(delta_info(request))
+
+
+def _request(
+    sources: list[Path],
+    base: str,
+    how: str,
+    weights: str | None,
+    method: str | None,
+    drop: str | None,
+    options: list[str] | None,
+    plan: Path | None,
+    calibration: str | None,
+    settings: Any,
+) -> MergeRequest:
+    from prunetune.core.errors import ConfigError, Problem
+    from prunetune.pipeline.merge_run import MergeRequest
+
+    given: dict[str, Any] = {"drop": drop} if drop is not None else {}
+    for option in options or []:
+        key, sign, value = option.partition("=")
+        if not sign:
+            raise ConfigError([Problem(f"{option} is not KEY=VALUE", "--set")])
+        given[key] = value
+    try:
+        numbers = None if weights is None else [float(part) for part in weights.split(",")]
+    except ValueError:
+        raise ConfigError([Problem(f"{weights} is not a list of numbers such as .5,.3,.2", "--weights")]) from None
+    return MergeRequest(sources, base, how, numbers, method, given, plan, calibration, settings)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    from prunetune.core.errors import ConfigError, Problem
+
+    if name is None:
+        return None
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError([Problem(f"{name} is not float32, bfloat16 or float16", "--dtype")])
+    return getattr(torch, name)
