@@ -106,7 +106,7 @@ def choose_rows(config: SelectionConfig, table: ScoreTable, unusable: Mapping[st
         value = float(chosen.value[number])
         rows[name] = RowChoice(bool(keep_N[number]), str(reason_N[number]), value)
     for place, row in enumerate(kept):
-        name = table.ids[row]
+        name = table.ids[int(row)]
         own = None if tokens_T is None else tokens_T[part[place] : part[place + 1]]
         weight = 1.0 if chosen.weight is None else float(chosen.weight[row])
         rows[name] = RowChoice(True, rows[name].reason, rows[name].value, own, weight)

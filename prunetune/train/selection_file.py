@@ -39,9 +39,10 @@ class SelectionFile:
         """Writes the line of 1-based optimizer step ``step``; rows as [id, reason, value]."""
         if not self._writes:
             return
-        kept, dropped = [], []
+        kept: list[list[Any]] = []
+        dropped: list[list[Any]] = []
         for name, row in sorted(choice.rows.items()):
-            entry: list[Any] = [name, row.reason, _number(row.value)]
+            entry = [name, row.reason, _number(row.value)]
             if row.weight != 1:
                 entry.append(_number(row.weight))
             (kept if row.keep else dropped).append(entry)
