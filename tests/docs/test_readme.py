@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from prunetune.cli.main import app
 from tests.support import tiny_folder, tiny_rows, write_rows
@@ -36,6 +39,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "test.jsonl", tiny_rows(10, seed=1))
     [yaml] = [body for language, body in BLOCKS if language == "yaml"]
     (folder / "my_run.yaml").write_text(yaml)
+    for name in ("adapter", "a", "b", "c"):
+        base = AutoModelForCausalLM.from_pretrained(folder / MODEL)
+        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).save_pretrained(
+            folder / name
+        )
     return folder
 
 
@@ -48,6 +56,9 @@ def test_readme_shows_every_command() -> None:
         "chat",
         "list",
         "doctor",
+        "data",
+        "delta",
+        "merge",
     }
 
 
@@ -63,6 +74,8 @@ def test_readme_commands_run_in_order(workplace: Path, monkeypatch: pytest.Monke
             words += ["target.kept=70%"]
         if words[0] == "eval":
             words += ["--no-speed"]
+        if "--id" in words:
+            words[-1] = pq.read_table(workplace / "kept/audit.parquet")["id"][0].as_py()[:8]
         done = subprocess.run(
             [sys.executable, "-m", "prunetune.cli.main", *words],
             input="/quit\n",
@@ -74,7 +87,9 @@ def test_readme_commands_run_in_order(workplace: Path, monkeypatch: pytest.Monke
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert (workplace / "runs/my_run/compact/config.json").exists()
-    assert (workplace / "smaller/config.json").exists()
+    for name in ("smaller", "one", "three", "fitted"):
+        assert (workplace / name / "config.json").exists()
+    assert (workplace / "kept/report.html").exists()
 
 
 def test_readme_files_exist() -> None:
