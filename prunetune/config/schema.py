@@ -6,10 +6,11 @@ Settings of a single method (a mask's decay, say) are not listed here: the metho
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from prunetune.core.sizes import parse_bytes, parse_count, parse_fraction
 
@@ -69,6 +70,18 @@ class TokenConfig(MethodSection):
     kept: Fraction = Field(1.0, gt=0, description="fraction of the kept rows' target tokens that stays")
     scope: Literal["sample", "all"] = Field("all", description="rank within each row, or over an optimizer step's rows")
     floor: Fraction = Field(0.1, description="every row keeps at least this fraction of its targets, and one")
+    final_answer: str | None = Field(
+        None, description="regular expression where final answers begin; from its last match on nothing is dropped"
+    )
+
+    @field_validator("final_answer")
+    @classmethod
+    def _is_pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}; escape its special characters") from error
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -81,7 +81,7 @@ def _without_method(section: str, part: SampleConfig | TokenConfig) -> Iterator[
     for key in part.options():
         yield f"{section}.{key}", f"is an option of a method, but {section}.method is not set; name one, or remove it"
     if isinstance(part, TokenConfig):
-        for key in ("scope", "floor"):
+        for key in ("scope", "floor", "final_answer"):
             if getattr(part, key) != TokenConfig.model_fields[key].default:
                 yield f"{section}.{key}", f"is not used without {section}.method; name a method, or remove it"
 

@@ -37,7 +37,7 @@ METHOD_SECTIONS: dict[KeyPath, tuple[str, ...]] = {
     ("mask",): (),
     ("compensation",): (),
     ("data", "samples"): ("kept",),
-    ("data", "tokens"): ("kept", "scope", "floor"),
+    ("data", "tokens"): ("kept", "scope", "floor", "final_answer"),
 }
 
 

@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from prunetune.core.errors import ConfigError, DataError, Problem, suggest
 from prunetune.data.gradients import GradientFeatures
-from prunetune.data.marks import paragraphs, protected_tokens
+from prunetune.model.marks import Protection, paragraphs
 from prunetune.model.score_table import ScoreTable
 from prunetune.model.token_rows import IGNORED_LABEL, TokenRow
 from prunetune.model.token_stats import TokenStats, head_statistics, hidden_states, logit_softcap, output_head
@@ -90,6 +90,7 @@ class Scorer:
                 f"{causal.config.vocab_size}: their losses are about different tokens. Take one of the same tokenizer"
             )
         self._last_layer = "last_layer" in options.extras and self.softcap is None and self.head.bias is None
+        self._protection = Protection(tokenizer, options.final_answer)
         self._features: GradientFeatures | None = None
         if "influence" in options.extras:
             if not validation:
@@ -209,9 +210,7 @@ class Scorer:
         tokens = {
             "token": _flat(targets, np.int32),
             "position": _flat(positions, np.int32),
-            "protected": _flat(
-                [protected_tokens(self.tokenizer, part, self.options.final_answer) for part in targets], bool
-            ),
+            "protected": _flat([self._protection(part) for part in targets], bool),
             "paragraph": _flat([paragraphs(self.tokenizer, part) for part in targets], np.int32),
         }
         kinds = {"nll": np.float32, "entropy": np.float32, "top1": bool, "el2n": np.float32}

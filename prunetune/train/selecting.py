@@ -21,6 +21,7 @@ from prunetune.config.selection_rules import active_steps, selection_faults
 from prunetune.core.errors import ConfigError, DataError, Problem
 from prunetune.methods.online import SCORED, check_online, needed_columns
 from prunetune.methods.samples import build_samples
+from prunetune.model.marks import Protection
 from prunetune.model.score_table import ScoreTable
 from prunetune.train import compat
 from prunetune.train.checkpoint import global_step
@@ -30,7 +31,7 @@ from prunetune.train.selection_epoch import EpochLosses
 from prunetune.train.selection_file import SelectionFile
 from prunetune.train.selection_memory import Memory
 from prunetune.train.selection_rows import Row, deal, in_batches, nothing_in_it, rows_of, stand_in
-from prunetune.train.selection_scoring import RowScores, Scorer, make_table, special_tokens, weight_norm
+from prunetune.train.selection_scoring import RowScores, Scorer, make_table, weight_norm
 
 # The reason of rows that a method adds because its own rule kept too few.
 TOPUP = "topup"
@@ -67,7 +68,7 @@ class SelectingTrainer(GuardedTrainer):
         refusals = compat.selection_refusals(self, self._columns, per_epoch=per_epoch, weighted=self._weighted)
         compat.raise_if_any(refusals)
         self._scorer = Scorer(self, self._columns) if self._columns & SCORED else None
-        self._special_ids = special_tokens(self.processing_class)
+        self._protection = Protection(self.processing_class, select.tokens.final_answer)
         self._memory = Memory(select.online.rescore_after)
         if per_epoch:
             self._losses = EpochLosses(select)
@@ -176,7 +177,7 @@ class SelectingTrainer(GuardedTrainer):
 
     def _table(self, rows: Mapping[str, Row], scores: Mapping[str, RowScores]) -> ScoreTable:
         facts = {"weight_norm": weight_norm(self._scorer.head)} if self._scorer and "grad_norm" in self._columns else {}
-        return make_table(rows, scores, self._special_ids, facts)
+        return make_table(rows, scores, self._protection, facts)
 
     # ---- the micro-batches
 

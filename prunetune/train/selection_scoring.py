@@ -6,7 +6,7 @@ Legend: B rows of a scoring batch, S its padded length, T target tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,22 +107,25 @@ def weight_norm(head: Any) -> float:
 
 
 def make_table(
-    rows: Mapping[str, Row], scores: Mapping[str, RowScores], special_ids: Sequence[int], facts: Mapping[str, Any]
+    rows: Mapping[str, Row],
+    scores: Mapping[str, RowScores],
+    protection: Callable[[np.ndarray], np.ndarray],
+    facts: Mapping[str, Any],
 ) -> ScoreTable:
     """The table of a step, its rows sorted by id so that batching cannot matter.
 
     Args:
         rows: id -> row. scores: id -> statistics; empty for methods that need none.
-        special_ids: tokens that no method may drop (end of turn, template control tokens).
+        protection: a row's target ids -> which of them no method may drop.
         facts: numbers about the whole model.
     """
     ids = sorted(rows)
     positions = [rows[name].positions for name in ids]
-    token = _joined([rows[name].labels[position] for name, position in zip(ids, positions)], np.int64)
+    targets = [rows[name].labels[position] for name, position in zip(ids, positions)]
     tokens = {
-        "token": token,
+        "token": _joined(targets, np.int64),
         "position": _joined(positions, np.int64),
-        "protected": np.isin(token, np.asarray(special_ids, dtype=np.int64)),
+        "protected": _joined([protection(part) for part in targets], bool),
     }
     by_row: dict[str, np.ndarray] = {"length": np.array([len(rows[name]) for name in ids], dtype=np.int64)}
     if scores and ids:
@@ -170,12 +173,6 @@ def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
         labels[number, : len(row)] = row.labels
         mask[number, : len(row)] = 1
     return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(mask)
-
-
-def special_tokens(tokenizer: Any) -> list[int]:
-    """Ids of end-of-turn and other control tokens."""
-    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(marked | set(tokenizer.all_special_ids))
 
 
 def has_reference(model: Any) -> bool:

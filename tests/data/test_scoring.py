@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from prunetune.core.errors import ConfigError, DataError
 from prunetune.data import score, store
-from prunetune.data.marks import paragraphs, protected_tokens, token_at
 from prunetune.data.scorer import ScoringOptions
+from prunetune.model.marks import Protection, paragraphs, token_at
 from tests.support import MODEL_TYPES, tiny_model, tiny_tokenizer
 
 ALL = ScoringOptions(extras=("last_layer", "embedding", "ifd"))
@@ -219,8 +219,8 @@ def test_marks():
     number = paragraphs(letters, ids)
     assert [int(number[i]) for i in (0, 4, 5, 7, 11)] == [0, 0, 1, 1, 2]
     assert number[-1] == 2
-    kept = protected_tokens(letters, ids)
+    kept = Protection(letters)(ids)
     assert kept.tolist() == [False] * (len(ids) - 2) + [True, True]
-    kept = protected_tokens(letters, ids, "####")
+    kept = Protection(letters, "####")(ids)
     assert kept.sum() == len("#### 42$\n")
     assert token_at(letters, np.array(ids), 5) == 5

@@ -98,7 +98,7 @@ def table_of(nll: Any, entropy: Any = None, targets: int = 4) -> Any:
         row.id: RowScores({"nll": np.full(targets, nll[i]), "entropy": np.full(targets, entropy[i])}, {"residual": 0.0})
         for i, row in enumerate(rows)
     }
-    return make_table({row.id: row for row in rows}, scores, [], {})
+    return make_table({row.id: row for row in rows}, scores, lambda ids: np.zeros(len(ids), dtype=bool), {})
 
 
 def kept(choice: StepChoice) -> int:
