@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunetune.config.presets import PhaseSteps
 from prunetune.config.schema import PruneConfig
+from prunetune.core.console import warn
 from prunetune.methods.masks import MASKS, MaskContext, build_mask, unit_params
 from prunetune.model.gates import GateSet, GateStatistics
 from prunetune.model.plan import Plan
@@ -33,8 +34,15 @@ class JointSearch:
     ):
         self.planner, self.phases, self._prune = planner, phases, prune
         self.mask = build_mask(prune.mask.method, prune.mask.options(), MaskContext(planner, phases, prune.seed))
-        squares = MASKS.get(prune.mask.method).record_squares
-        self.gate_set = GateSet(base_model(model), planner.sites, record_squares=squares, recompute=recompute)
+        kind = MASKS.get(prune.mask.method)
+        if phases.search < kind.least_search:
+            warn(
+                f"mask.method {prune.mask.method} needs some {kind.least_search} search steps for its gates to settle, "
+                f"and this run has {phases.search}: set train.max_steps or phases.search higher, or mask: saliency"
+            )
+        self.gate_set = GateSet(
+            base_model(model), planner.sites, record_squares=kind.record_squares, recompute=recompute
+        )
         self.gate_set.attach()
 
     def phase(self, step: int) -> str:

@@ -43,6 +43,8 @@ class Mask(ABC):
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
     record_squares: ClassVar[bool] = False
+    # Search steps that it needs to be worth anything; with fewer a run warns.
+    least_search: ClassVar[int] = 0
 
     def __init__(self, context: MaskContext, options: MethodOptions):
         self.context = context

@@ -49,6 +49,8 @@ class HardConcreteMask(Mask):
 
     Options = HardConcreteOptions
     paper = "arXiv 1712.01312, 2310.06694"
+    # Until the logits have spread, gates are sampled half open all over the model and its loss is that of noise.
+    least_search = 300
 
     def __init__(self, context: MaskContext, options: HardConcreteOptions):
         super().__init__(context, options)
