@@ -38,6 +38,12 @@ class MethodSection(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        """``mask: random`` is ``mask: {method: random}``."""
+        return {"method": value} if isinstance(value, str) else value
+
     def options(self) -> dict[str, Any]:
         """The keys that are the method's own; the method checks them."""
         return dict(self.model_extra or {})
@@ -56,11 +62,6 @@ class SampleConfig(MethodSection):
 
     method: str | None = Field(None, description="see `prunetune list samples`; none: every row")
     kept: Fraction = Field(1.0, gt=0, description="fraction of each optimizer step's rows that stays, at least one row")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
 
 
 class TokenConfig(MethodSection):
@@ -82,11 +83,6 @@ class TokenConfig(MethodSection):
         except re.error as error:
             raise ValueError(f"is no regular expression: {error}; escape its special characters") from error
         return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
 
 
 class OnlineConfig(Section):
@@ -179,21 +175,11 @@ class MaskConfig(MethodSection):
 
     method: str = Field("saliency", description="see `prunetune list masks`")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
-
 
 class CompensationConfig(MethodSection):
     """What the weights that stay do about the ones that leave, at the freeze."""
 
     method: str = Field("refit", description="see `prunetune list compensation`")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
 
 
 class PhaseConfig(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +29,15 @@ def parse_options(section: str, method: str, options: type[O], given: Mapping[st
         return options(**given)
     except ValidationError as error:
         raise ConfigError([_problem(section, method, options, fault) for fault in error.errors()]) from error
+
+
+def problems_of(build: Callable[[], object]) -> list[Problem]:
+    """The problems that building a method raises; none if it can be built."""
+    try:
+        build()
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _problem(section: str, method: str, options: type[MethodOptions], fault: Any) -> Problem:

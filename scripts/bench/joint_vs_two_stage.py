@@ -11,6 +11,7 @@
     one_shot:saliency:refit   gate scores of the untrained model, cut, compensation, then LoRA for all the steps
     one_shot:random:refit     the same with units chosen by lot
 
+Rows and tokens are chosen online with, for example, ``--set data.samples.method=q_tuning data.samples.kept=25%``.
 Results are appended as they come, so a stopped bench goes on where it was.
 """
 
@@ -122,6 +123,7 @@ def measure(recipe: str, kept: str, seed: int, options: argparse.Namespace) -> d
             processing_class=tokenizer,
             peft_config=lora_config(config),
             prune=None if kind == "dense" else config.prune(),
+            select=config.selection(),
             evaluate_at_freeze=True,
         )
         start = time.perf_counter()

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
-from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.methods.options import MethodOptions, parse_options, problems_of
 
 
 class Compensation(ABC):
@@ -55,8 +55,4 @@ def build_compensation(method: str, options: Mapping[str, Any]) -> Compensation:
 
 def check_compensation(method: str, options: Mapping[str, Any]) -> list[Problem]:
     """The problems that ``build_compensation`` would raise."""
-    try:
-        build_compensation(method, options)
-    except ConfigError as error:
-        return list(error.problems)
-    return []
+    return problems_of(lambda: build_compensation(method, options))

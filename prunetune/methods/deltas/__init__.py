@@ -18,11 +18,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
 from prunetune.core.sizes import parse_fraction
 from prunetune.core.streams import lattice
-from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.methods.options import MethodOptions, parse_options, problems_of
 from prunetune.model.deltas import Delta, Place
 
 
@@ -110,8 +110,4 @@ def build_delta(method: str, options: Mapping[str, Any]) -> DeltaMethod:
 
 def check_delta(method: str, options: Mapping[str, Any]) -> list[Problem]:
     """The problems that ``build_delta`` would raise."""
-    try:
-        build_delta(method, options)
-    except ConfigError as error:
-        return list(error.problems)
-    return []
+    return problems_of(lambda: build_delta(method, options))

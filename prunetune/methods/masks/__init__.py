@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from prunetune.config.presets import PhaseSteps
-from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
-from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.methods.options import MethodOptions, parse_options, problems_of
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
@@ -101,11 +101,7 @@ def build_mask(method: str, options: Mapping[str, Any], context: MaskContext) ->
 
 def check_mask(method: str, options: Mapping[str, Any]) -> list[Problem]:
     """The problems that ``build_mask`` would raise, without building anything."""
-    try:
-        parse_options("mask", method, MASKS.get(method).Options, options)
-    except ConfigError as error:
-        return list(error.problems)
-    return []
+    return problems_of(lambda: parse_options("mask", method, MASKS.get(method).Options, options))
 
 
 def finite(statistics: GateStatistics) -> bool:

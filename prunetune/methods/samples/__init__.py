@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
-from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.methods.options import MethodOptions, parse_options, problems_of
 from prunetune.methods.ranking import best_first, name_ranks
 from prunetune.model.score_table import ScoreTable
 
@@ -122,8 +122,4 @@ def build_samples(method: str, options: Mapping[str, Any], seed: int = 0) -> Sam
 
 def check_samples(method: str, options: Mapping[str, Any]) -> list[Problem]:
     """The problems that ``build_samples`` would raise."""
-    try:
-        build_samples(method, options)
-    except ConfigError as error:
-        return list(error.problems)
-    return []
+    return problems_of(lambda: build_samples(method, options))

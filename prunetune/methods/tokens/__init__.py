@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
-from prunetune.methods.options import MethodOptions, parse_options
+from prunetune.methods.options import MethodOptions, parse_options, problems_of
 from prunetune.methods.tokens._budget import highest_tokens, token_budget, without_groups
 from prunetune.model.score_table import ScoreTable
 
@@ -64,11 +64,7 @@ def build_tokens(method: str, options: Mapping[str, Any], seed: int = 0) -> Toke
 
 def check_tokens(method: str, options: Mapping[str, Any]) -> list[Problem]:
     """The problems that ``build_tokens`` would raise."""
-    try:
-        build_tokens(method, options)
-    except ConfigError as error:
-        return list(error.problems)
-    return []
+    return problems_of(lambda: build_tokens(method, options))
 
 
 def choose_tokens(
