@@ -58,11 +58,11 @@ def gradient_norms(
         bias_T = None if head.bias is None else head.bias[target_T]
         logits_TT = project(hidden_TD, head.weight[target_T], bias_T, None)  # of every token's target, at every token
         log_total_T = high_N[span] + sum_N[span].log()
-        crossed_TT = torch.exp(logits_TT - log_total_T[:, None])
-        same_TT = (target_T[:, None] == target_T).double()
-        dots_TT = overlap_TT.double() / (sum_N[span][:, None].double() * sum_N[span].double())
-        dots_TT += same_TT - crossed_TT.double() - crossed_TT.T.double()
-        hidden_TT = hidden_TD.float() @ hidden_TD.float().T
-        square = (dots_TT * hidden_TT.double()).sum() / len(target_T) ** 2
+        crossed_TT = logits_TT.sub_(log_total_T[:, None]).exp_()
+        # In float64, because what is left is a small difference of these terms; in place, because T may be large.
+        total_T = sum_N[span].double()
+        dots_TT = overlap_TT.double().div_(total_T[:, None]).div_(total_T)
+        dots_TT.sub_(crossed_TT).sub_(crossed_TT.T).add_(target_T[:, None] == target_T)
+        square = dots_TT.mul_(hidden_TD.float() @ hidden_TD.float().T).sum() / len(target_T) ** 2
         norms.append(square.clamp_min(0).sqrt().float())
     return torch.stack(norms)

@@ -18,8 +18,9 @@ from prunetune.core.errors import UnsupportedModelError
 from prunetune.model.last_layer import add_overlaps, gradient_norms, project
 
 IGNORED_LABEL = -100
-# One block of float32 logits; large enough for full matrix-product speed, small beside any model.
-BLOCK_BYTES = 64 * 2**20
+# One block of float32 logits; large enough for full matrix-product speed, and small enough that the C library hands the
+# same memory out again instead of asking the system for fresh pages.
+BLOCK_BYTES = 24 * 2**20
 _VOCAB_BLOCK = 16384
 
 
@@ -30,7 +31,7 @@ class TokenStats:
     Args:
         nll: negative log-likelihood in nats, float32; 0 where ``mask`` is false.
         entropy: of the next-token distribution in nats, float32; 0 where ``mask`` is false.
-        top1: the target was the most likely token (a tie with an earlier token does not count).
+        top1: no token was more likely than the target.
         mask: the token has a label.
         el2n: norm of (predicted distribution - one-hot target), float32 (arXiv 2107.07075); 0 where ``mask`` is false.
         residual: expected logit minus the target's logit, float32: the inner product of the output layer's weight
@@ -196,19 +197,17 @@ def _block_statistics(
     high_N = torch.full(target_N.shape, -torch.inf, device=hidden_ND.device)
     sum_N, squares_N, weighted_N = (torch.zeros_like(high_N) for _ in range(3))  # of exp(z - high); its square; times z
     target_logit_N = torch.zeros_like(high_N)
-    best_N = torch.zeros_like(target_N)
     overlaps = [torch.zeros(size, size, device=hidden_ND.device) for size in row_sizes or ()]
     for start in range(0, weight.shape[0], columns):
         strip = slice(start, start + columns)
         logits_NC = project(hidden_ND, weight[strip], None if bias is None else bias[strip], softcap)
-        block_high_N, block_best_N = logits_NC.max(dim=-1)
-        best_N = torch.where(block_high_N > high_N, block_best_N + start, best_N)
+        block_high_N = logits_NC.amax(dim=-1)
         here_N = (target_N >= start) & (target_N < start + logits_NC.shape[1])
         index_N = (target_N - start).clamp(0, logits_NC.shape[1] - 1)
         target_logit_N = torch.where(here_N, logits_NC.gather(1, index_N[:, None])[:, 0], target_logit_N)
         new_high_N = torch.maximum(high_N, block_high_N)
         rescale_N = torch.exp(high_N - new_high_N)
-        exp_NC = torch.exp(logits_NC - new_high_N[:, None])
+        exp_NC = torch.sub(logits_NC, new_high_N[:, None]).exp_()
         sum_N = sum_N * rescale_N + exp_NC.sum(dim=-1)
         squares_N = squares_N * rescale_N.square() + torch.linalg.vector_norm(exp_NC, dim=-1).square()
         add_overlaps(overlaps, exp_NC, rescale_N)
@@ -224,7 +223,7 @@ def _block_statistics(
     return TokenStats(
         nll_N,
         log_total_N - mean_logit_N,
-        best_N == target_N,
+        target_logit_N == high_N,
         torch.ones_like(target_N, dtype=torch.bool),
         el2n_N,
         mean_logit_N - target_logit_N,
