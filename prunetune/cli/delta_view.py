@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -12,32 +11,35 @@ from rich.table import Table
 
 from prunetune.core.console import console, note
 
-_LAYER = re.compile(r"\.\d+\.")
 # Below it random dropping is known to work; above the larger one it is known to fail (DARE's and DAREx's tables).
 _SMALL, _LARGE = 1e-3, 5e-3
 
 
 def show_info(records: Sequence[dict[str, Any]]) -> None:
-    """Prints medians over layers for every kind of matrix, and advice."""
+    """Prints medians over layers for every kind of matrix, and advice. R is what ``model.deltas.alignment`` says."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault((record["model"], _LAYER.sub(".*.", record["name"])), []).append(record)
-    calibrated = any("R" in record for record in records)
-    table = Table(title="Changes, medians over layers", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("model", "matrix", "how many", "mean |D|", "|D| / |W|"):
-        table.add_column(column, justify="left" if column in ("model", "matrix") else "right")
+        groups.setdefault((record["model"], record["name"].removesuffix(".weight").rpartition(".")[2]), []).append(
+            record
+        )
+    several = len({model for model, _ in groups}) > 1
     rates = list(next((record["errors"] for record in records if "errors" in record), {}))
-    for column in ("R", *(f"error at {rate}" for rate in rates)) if calibrated else ():
-        table.add_column(column, justify="right")
+    title = "Changes, medians over layers" + ("; error of the output if so much is dropped by lot" if rates else "")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in [*(["model"] if several else []), "matrix"]:
+        table.add_column(name, no_wrap=True)
+    for name in ["count", "mean |D|", "|D|/|W|", *(["R", *rates] if rates else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
     for (model, name), group in groups.items():
-        cells = [model, name, str(len(group)), f"{_mid(group, 'mean_abs'):.1e}", f"{_mid(group, 'relative'):.1%}"]
+        cells = [*([model] if several else []), name, str(len(group))]
+        cells += [f"{_mid(group, 'mean_abs'):.1e}", f"{_mid(group, 'relative'):.1%}"]
         measured = [record for record in group if "R" in record]
         if measured:
             cells.append(f"{_mid(measured, 'R'):.3f}")
             cells += [f"{median(record['errors'][rate] for record in measured):.2f}" for rate in rates]
         table.add_row(*cells)
     console().print(table)
-    _advise(records, calibrated)
+    _advise(records, bool(rates))
 
 
 def _advise(records: Sequence[dict[str, Any]], calibrated: bool) -> None:

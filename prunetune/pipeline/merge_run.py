@@ -26,6 +26,7 @@ from prunetune.model.surgery import Surgery
 from prunetune.model.token_rows import token_rows
 from prunetune.model.tuned import ADAPTER_CONFIG, open_tuned
 from prunetune.pipeline.loading import load_base, load_tokenizer
+from prunetune.pipeline.quiet import quiet_libraries
 
 # Above this mean change of a weight the base is likely not the one that was tuned, or training went on for long.
 _LARGE_CHANGE = 5e-3
@@ -112,6 +113,7 @@ def _warn_of_large_changes(merge: StreamMerge) -> None:
 
 def ready(request: MergeRequest) -> StreamMerge:
     """The merge, checked and calibrated, not yet written."""
+    quiet_libraries()
     if problems := request.problems():
         raise ConfigError(problems)
     how, prepared = HOWS[request.how], resolve_model(request.base)
