@@ -221,7 +221,7 @@ def train(
         trainer.train()
         seconds = time.perf_counter() - start
         found = domain_perplexity(trainer.model, tokenizer, data.validation, options.length, options.batch)
-        tokens = trainer.state.num_input_tokens_seen
+        tokens = trainer._total_train_tokens
     return {
         "rows": len(rows),
         "optimizer_steps": steps,
