@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from prunetune.core.console import warn
 from prunetune.core.errors import ConfigError, DataError, Problem, suggest
 from prunetune.data.gradients import GradientFeatures
 from prunetune.model.marks import Protection, paragraphs
@@ -90,6 +91,8 @@ class Scorer:
                 f"{causal.config.vocab_size}: their losses are about different tokens. Take one of the same tokenizer"
             )
         self._last_layer = "last_layer" in options.extras and self.softcap is None and self.head.bias is None
+        if "last_layer" in options.extras and not self._last_layer:
+            warn("the output layer has a bias or capped logits: no last-layer statistics (DONOD, gradient norms)")
         self._protection = Protection(tokenizer, options.final_answer)
         self._features: GradientFeatures | None = None
         if "influence" in options.extras:
@@ -119,7 +122,7 @@ class Scorer:
         """
         positions = [_target_positions(row) for row in rows]
         found: list[dict[str, Any]] = [{} for _ in rows]
-        for batch in _batches([len(row.input_ids) for row in rows], self.options.batch_tokens):
+        for batch in equal_lengths([len(row.input_ids) for row in rows], self.options.batch_tokens):
             self._score(batch, rows, positions, found)
         if "ifd" in self.options.extras:
             self._direct(rows, positions, found, list(opening))
@@ -189,7 +192,7 @@ class Scorer:
             answer = row.input_ids[part[0] : part[-1] + 1] if one_piece else []
             alone.append(TokenRow(opening + answer, [IGNORED_LABEL] * len(opening) + answer))
         places = [_target_positions(row) for row in alone]
-        for batch in _batches([len(row.input_ids) for row in alone], self.options.batch_tokens):
+        for batch in equal_lengths([len(row.input_ids) for row in alone], self.options.batch_tokens):
             stats, _, sizes = self._forward(
                 self.model, [alone[i] for i in batch], [places[i] for i in batch], last_layer=False
             )
@@ -242,7 +245,7 @@ def _target_positions(row: TokenRow) -> np.ndarray:
     return np.flatnonzero(np.asarray(row.labels[1:], dtype=np.int64) != IGNORED_LABEL) + 1
 
 
-def _batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
+def equal_lengths(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
     """Indices of equally long rows, at most ``most_tokens`` tokens together; rows without tokens are left out."""
     order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: (lengths[i], i))
     batch: list[int] = []

@@ -8,22 +8,9 @@ from typing import Any
 import yaml
 
 from prunetune.report.gather import RunRecord
-from prunetune.report.story import (
-    base_name,
-    how_made,
-    how_measured,
-    is_hub_id,
-    loading_code,
-    notes,
-    papers,
-    plan_rows,
-    summary,
-    title,
-    training_rows,
-    verification_rows,
-)
+from prunetune.report.story import base_name, how_made, is_hub_id, story
 from prunetune.report.table import before_after_markdown
-from prunetune.report.templating import render, version_rows
+from prunetune.report.templating import render
 
 # Identifiers that the Hub knows; anything else is "other" with its own name beside it.
 HUB_LICENCES = {
@@ -49,20 +36,10 @@ def model_card(record: RunRecord) -> str:
     return render(
         "card.md.jinja",
         front_matter=yaml.safe_dump(front_matter(record), sort_keys=False, allow_unicode=True),
-        title=title(record),
+        **story(record, "path/to/this/folder"),
         how_made=how_made(record),
-        summary=summary(record),
-        warnings=notes(record),
         table=before_after_markdown(record.results) if record.results else "",
-        how_measured=how_measured(record.settings),
-        code=loading_code("path/to/this/folder", bool(record.facts.get("conversational"))),
-        training=training_rows(record),
-        plan_rows=plan_rows(record.plan) if record.plan else [],
-        verification=verification_rows(record),
-        papers=papers(record),
         licence_note=licence_note(record),
-        config=record.config,
-        versions=version_rows(record.versions),
     )
 
 

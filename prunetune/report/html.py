@@ -8,20 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.report.gather import RunRecord
-from prunetune.report.story import (
-    export_folder,
-    how_measured,
-    loading_code,
-    notes,
-    papers,
-    plan_rows,
-    summary,
-    title,
-    training_rows,
-    verification_rows,
-)
+from prunetune.report.story import export_folder, story
 from prunetune.report.table import change_title, table_cells
-from prunetune.report.templating import render, version_rows
+from prunetune.report.templating import render
 
 CAPTIONS = {
     "training.png": "The loss over the run. In warm-up all gates are open; in search the gates of the least useful "
@@ -39,21 +28,11 @@ def report_html(record: RunRecord, figures: Sequence[Path]) -> str:
     results = record.results
     return render(
         "report.html.jinja",
-        title=title(record),
-        summary=summary(record),
-        warnings=notes(record),
+        **story(record, str(export_folder(record))),
         labels=[result.label for result in results],
         change_title=change_title(results) if len(results) > 1 else "",
         cells=[_cells(row) for row in table_cells(results)],
-        how_measured=how_measured(record.settings),
-        plan_rows=plan_rows(record.plan) if record.plan else [],
         figures=[_embedded(file) for file in figures],
-        code=loading_code(str(export_folder(record)), bool(record.facts.get("conversational"))),
-        verification=verification_rows(record),
-        training=training_rows(record),
-        papers=papers(record),
-        config=record.config,
-        versions=version_rows(record.versions),
     )
 
 

@@ -11,6 +11,7 @@ from prunetune.core.sizes import format_count, format_fraction
 from prunetune.model.plan import Plan
 from prunetune.model.units import KINDS, LAYERS_SITE, parse_site
 from prunetune.report.gather import RunRecord, phase_spans
+from prunetune.report.templating import version_rows
 
 _ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{4,5})(?!\d)")
 _UNIT_NAMES = {
@@ -19,6 +20,23 @@ _UNIT_NAMES = {
     "query_heads": "query heads in a layer",
     "layers": "layers",
 }
+
+
+def story(record: RunRecord, folder: str) -> dict[str, Any]:
+    """What card and page both tell, by the templates' names; ``folder`` is where the example code loads the model."""
+    return {
+        "title": title(record),
+        "summary": summary(record),
+        "warnings": notes(record),
+        "how_measured": how_measured(record.settings),
+        "plan_rows": plan_rows(record.plan) if record.plan else [],
+        "code": loading_code(folder, bool(record.facts.get("conversational"))),
+        "verification": verification_rows(record),
+        "training": training_rows(record),
+        "papers": papers(record),
+        "config": record.config,
+        "versions": version_rows(record.versions),
+    }
 
 
 def summary(record: RunRecord) -> str:

@@ -25,7 +25,7 @@ from _common import settle, spread
 
 from prunetune.core.files import write_json
 from prunetune.core.streams import stream
-from prunetune.data.scorer import Scorer, ScoringOptions, _batches
+from prunetune.data.scorer import Scorer, ScoringOptions, equal_lengths
 from prunetune.data.scoring import RowsToScore, rows_to_score
 from prunetune.data.sources import read, training_rows
 from prunetune.evaluate.memory import peak_resident_bytes
@@ -96,7 +96,7 @@ def as_chat(row: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def forward_pass(model: Any, rows: RowsToScore) -> None:
     """The same batches, hidden states and logits, nothing else."""
-    for batch in _batches([len(row.input_ids) for row in rows.rows], ScoringOptions().batch_tokens):
+    for batch in equal_lengths([len(row.input_ids) for row in rows.rows], ScoringOptions().batch_tokens):
         model(input_ids=torch.tensor([rows.rows[i].input_ids for i in batch], device=model.device), use_cache=False)
     settle()
 
