@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.export.merge import base_model
+from prunetune.model.surgery import base_model
 
 _PEFT_PATH = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 

@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from prunetune.core.errors import UnsupportedModelError
+from prunetune.model.surgery import base_model
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,11 +38,6 @@ class Source:
         if not (self.adapted or other.adapted):
             return self.origin is other.origin or torch.equal(self.origin, other.origin)
         return self.shape == other.shape and torch.equal(self.build(), other.build())
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model itself: inside a PeftModel, or ``model``."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()
@@ -102,7 +98,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[Source]:
     else:
         for name, tensor in _own_tensors(module):
             _refuse_quantised(prefix + name, tensor)
-            yield Source(prefix + name, tensor.shape, tensor, False, lambda tensor=tensor: tensor.detach())
+            yield Source(prefix + name, tensor.shape, tensor, False, tensor.detach)
         for name, child in module.named_children():
             yield from _walk(child, f"{prefix}{name}.")
 
@@ -140,7 +136,7 @@ def _adapted(layer: Any, prefix: str) -> Iterator[Source]:
         elif name == "bias" and any(layer.lora_bias.get(adapter) for adapter in active):
             yield Source(prefix + name, tensor.shape, tensor, True, lambda: _bias(layer, active))
         else:
-            yield Source(prefix + name, tensor.shape, tensor, False, lambda tensor=tensor: tensor.detach())
+            yield Source(prefix + name, tensor.shape, tensor, False, tensor.detach)
 
 
 def _active(layer: Any, prefix: str) -> list[str]:

@@ -24,8 +24,9 @@ from prunetune.core.errors import ExportError
 from prunetune.core.files import read_json, write_json
 from prunetune.core.streams import stream
 from prunetune.export.live import float32_noise, in_float32, largest_difference, logits, undecorated
-from prunetune.export.merge import base_model, merged_tensors
+from prunetune.export.merge import merged_tensors
 from prunetune.model.shards import ShardReader
+from prunetune.model.surgery import base_model
 
 TOLERANCE = 1e-4
 NOISE_FACTOR = 4.0

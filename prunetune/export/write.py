@@ -26,9 +26,10 @@ from prunetune.core.errors import ExportError, UnsupportedModelError
 from prunetune.core.files import free_bytes, new_folder, write_json
 from prunetune.core.records import ExportedModel
 from prunetune.core.sizes import format_bytes
-from prunetune.export.merge import base_model, merged_tensors, ties_hold, untied_sources
+from prunetune.export.merge import merged_tensors, ties_hold, untied_sources
 from prunetune.export.verify import verify_export
 from prunetune.model.shards import ShardReader, ShardWriter
+from prunetune.model.surgery import base_model
 
 METADATA_FILE = "prunetune.json"
 PLAN_FILE = "plan.json"

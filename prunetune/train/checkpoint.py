@@ -133,9 +133,9 @@ def slice_tensors(tensors: Mapping[str, Tensor], surgery: Surgery) -> dict[str, 
 def slice_optimizer(state: dict[str, Any], surgery: Surgery, names: Sequence[Sequence[str]]) -> dict[str, Any]:
     """An optimizer's ``state_dict`` for the sliced model: moments cut like their parameters, indices renumbered."""
     new_state: dict[int, Any] = {}
-    new_groups = []
+    new_groups: list[dict[str, Any]] = []
     for group, group_names in zip(state["param_groups"], names, strict=True):
-        indices = []
+        indices: list[int] = []
         for index, name in zip(group["params"], group_names, strict=True):
             if surgery.rename(name) is None:
                 continue

@@ -212,7 +212,7 @@ def one_run(handler: CallbackHandler, is_over: Callable[[], bool]) -> Iterator[N
     def on_train_end(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         return announce(args, state, control, **kwargs) if is_over() else control
 
-    handler.on_train_end = on_train_end  # type: ignore[method-assign]
+    handler.on_train_end = on_train_end
     try:
         yield
     finally:

@@ -26,6 +26,8 @@ class GuardedTrainer(SFTTrainer):
         DataError: no row is left to train on.
     """
 
+    control: Any  # Trainer's own
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._optimizer_names: list[list[str]] = []

@@ -5,7 +5,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prunetune.core.errors import UnsupportedModelError
-from prunetune.export.merge import base_model, merged_tensors, ties_hold, untied_sources
+from prunetune.export.merge import merged_tensors, ties_hold, untied_sources
+from prunetune.model.surgery import base_model
 from tests.export.export_support import FAMILIES, adapt, base_of
 
 IDS = torch.arange(3, 27)[None]
