@@ -10,7 +10,7 @@ from typing import Any
 from prunetune.core.sizes import format_count, format_fraction
 from prunetune.model.plan import Plan
 from prunetune.model.units import KINDS, LAYERS_SITE, parse_site
-from prunetune.report.gather import RunRecord, phase_spans
+from prunetune.report.gather import RunRecord, phase_spans, series
 from prunetune.report.templating import version_rows
 
 _ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{4,5})(?!\d)")
@@ -130,6 +130,7 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
     found = [
         ("Base model", _text(facts.get("base_model"))),
         ("Training data", _text(facts.get("data"))),
+        ("Chosen in each step", _chosen(record)),
         ("Budget", _text(facts.get("budget"))),
         ("Units ranked by", _text(facts.get("mask"))),
         ("Compensation at the freeze", _text(facts.get("compensation"))),
@@ -138,6 +139,16 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
         ("Training time", _duration(facts.get("seconds"))),
     ]
     return [(name, value) for name, value in found if value]
+
+
+def _chosen(record: RunRecord) -> str:
+    """What online selection left of rows and target tokens, over the steps that chose; empty if nothing chose."""
+    parts = []
+    for name, meaning in (("rows_kept", "rows"), ("target_tokens_kept", "target tokens")):
+        _, values = series(record.metrics, name)
+        if values:
+            parts.append(f"{format_fraction(sum(values) / len(values))} of the {meaning}")
+    return ", ".join(parts) + " (decisions in selection.jsonl)" if parts else ""
 
 
 def verification_rows(record: RunRecord) -> list[tuple[str, str]]:

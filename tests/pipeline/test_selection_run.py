@@ -50,7 +50,10 @@ def test_command_line_run_chooses_and_leaves_its_decisions(root: Path) -> None:
     dense = [entry for entry in metrics(root / "cli" / "dense" / "train") if "loss" in entry]
     assert len(dense) == STEPS
     assert not any("rows_kept" in entry for entry in dense)
-    assert "2509.23873" in (root / "cli" / "README.md").read_text()
+    card = (root / "cli" / "README.md").read_text()
+    assert "2509.23873" in card
+    assert "25.0% of the rows" in card
+    assert "selection.jsonl" in card
     assert len(lines) == len((root / "cli" / SELECTION).read_text().splitlines())
 
 
