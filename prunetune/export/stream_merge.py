@@ -71,7 +71,7 @@ class MergeSettings:
 
 
 class StreamMerge:
-    """A merge that was checked and is ready to be written.
+    """A merge that was checked and is ready to be written; ``slices`` are the base's tensors.
 
     Args:
         base: folder of the base model, dense or pruned.
@@ -89,7 +89,7 @@ class StreamMerge:
         self.config: dict[str, Any] = read_json(base / "config.json")
         self._reader = ShardReader(base)
         tied = self.config.get("tie_word_embeddings") and HEAD not in self._reader.entries
-        self._slices = BaseSlices(self._reader, {HEAD: EMBEDDING} if tied else {})
+        self.slices = BaseSlices(self._reader, {HEAD: EMBEDDING} if tied else {})
         # Name in the base -> the deltas that are added there, each with its source.
         self._deltas: dict[str, list[tuple[Source, Place]]] = {}
         self._replaced: dict[str, Callable[[], Tensor]] = {}
@@ -98,13 +98,13 @@ class StreamMerge:
         self._shapes = self._all_shapes()
 
     def _take(self, source: Source, surgery: Surgery | None) -> None:
-        for name, shape in source.tuned.changed(self._slices).items():
+        for name, shape in source.tuned.changed(self.slices).items():
             here = name if surgery is None else surgery.rename(name)
             if here is None:
                 continue  # its layer left
             cut = surgery.cuts.get(name.removesuffix(".weight")) if surgery is not None else None
             place = Place(name, shape, cut.rows if cut else None, cut.columns if cut else None)
-            found = self._slices.shape(here)
+            found = self.slices.shape(here)
             if found is None:
                 raise UnsupportedModelError(f"{source.tuned.folder} changes {here}, which {self.base} does not have")
             if found != place.kept_shape:
@@ -118,7 +118,7 @@ class StreamMerge:
                     f"{found}: {advice}"
                 )
             self._deltas.setdefault(here, []).append((source, place))
-        replaced = source.tuned.replaced(self._slices)
+        replaced = source.tuned.replaced(self.slices)
         both = sorted(set(replaced) & set(self._replaced))
         if both and len(self.sources) > 1:
             warn(f"{len(both)} tensors come whole from several sources (such as {both[0]}); the last one's are taken")
@@ -127,7 +127,7 @@ class StreamMerge:
     def _all_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that is written. A head that was tied and is changed alone stands on its own from now on."""
         shapes = {name: entry.shape for name, entry in self._reader.entries.items()}
-        if self._slices.tied and self._tears_the_tie():
+        if self.slices.tied and self._tears_the_tie():
             shapes[HEAD] = shapes[EMBEDDING]
         for name, build in self._replaced.items():
             shapes[name] = tuple(build().shape)
@@ -140,7 +140,7 @@ class StreamMerge:
         alone = any(not source.tuned.moves_tied_head for source, _ in self._deltas.get(EMBEDDING, ()))
         # A whole new embedding of another size brings its head with it.
         build = self._replaced.get(EMBEDDING)
-        return alone or (build is not None and tuple(build().shape) == self._slices.shape(EMBEDDING))
+        return alone or (build is not None and tuple(build().shape) == self.slices.shape(EMBEDDING))
 
     def write(self, folder: Path, metadata: Mapping[str, Any], *, replace: bool = False) -> None:
         """Writes the merged model folder; goes on where an interrupted merge of the same kind stopped.
@@ -197,7 +197,7 @@ class StreamMerge:
         return shards
 
     def _bytes(self, name: str) -> int:
-        entry = self._reader.entries.get(self._slices.name(name))
+        entry = self._reader.entries.get(self.slices.name(name))
         stored = entry.size_bytes // max(1, math.prod(entry.shape)) if entry is not None else 4
         return math.prod(self._shapes[name]) * (self.settings.dtype.itemsize if self.settings.dtype else stored)
 
@@ -220,10 +220,10 @@ class StreamMerge:
         if name in self._replaced:
             return self._cast(self._replaced[name]()).contiguous()
         if name not in self._deltas:
-            return self._cast(self._reader.read(self._slices.name(name))).contiguous()
+            return self._cast(self._reader.read(self.slices.name(name))).contiguous()
         pruned = [source.method.apply(*self._delta(source, place)) for source, place in self._deltas[name]]
         weights = [source.weight for source, _ in self._deltas[name]]
-        base = self._slices.rows(name)
+        base = self.slices.rows(name)
         m, n = pruned[0].shape
         step = max(1, self.settings.block_bytes // (4 * n * (2 + 2 * len(pruned))))
         merged: Tensor | None = None
@@ -249,7 +249,7 @@ class StreamMerge:
 
     def base_norm(self, name: str) -> float:
         """Norm of the base's own matrix."""
-        m, rows = self._shapes[name][0], self._slices.rows(name)
+        m, rows = self._shapes[name][0], self.slices.rows(name)
         step = max(1, self.settings.block_bytes // (4 * self._shapes[name][1]))
         squares = (float(rows(i, min(i + step, m)).double().square().sum()) for i in range(0, m, step))
         return math.sqrt(sum(squares))
@@ -263,7 +263,7 @@ class StreamMerge:
         inputs, energy = source.measured.get(place.name, (None, None))
         if inputs is not None and place.columns is not None:
             inputs = inputs[place.columns]
-        return source.tuned.delta(place, self._slices), DeltaContext(self.settings.seed, source.name, inputs, energy)
+        return source.tuned.delta(place, self.slices), DeltaContext(self.settings.seed, source.name, inputs, energy)
 
     def _cast(self, tensor: Tensor, stored: torch.dtype | None = None) -> Tensor:
         if not tensor.is_floating_point():
@@ -282,7 +282,7 @@ class StreamMerge:
             if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != "config.json":
                 shutil.copyfile(file, work / file.name)
         config = dict(self.config)
-        if self._slices.tied and HEAD in self._shapes:
+        if self.slices.tied and HEAD in self._shapes:
             config["tie_word_embeddings"] = False
         if EMBEDDING in self._shapes and "vocab_size" in config:
             config["vocab_size"] = self._shapes[EMBEDDING][0]

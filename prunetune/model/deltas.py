@@ -9,8 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from prunetune.core.streams import lattice
 
 BLOCK_BYTES = 64 * 2**20
 _TILE_ROWS = 128
@@ -122,6 +125,37 @@ class Mapped(Delta):
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self._change(self._delta.rows(start, stop), start, stop)
+
+
+def words_of(place: Place, seed: int, model: str, purpose: str, start: int, stop: int) -> Tensor:
+    """(stop - start, n) int64 in [0, 2^32): random words of these rows, drawn in the dense tensor's coordinates.
+
+    Args:
+        place: whose rows. seed: of the masks. model: name of the adapter or model, so that masks are independent.
+        purpose: what is drawn, e.g. ``dare``. start, stop: rows as they are here, in the pruned tensor if it is one.
+    """
+    rows = torch.arange(start, stop) if place.rows is None else place.rows[start:stop]
+    drawn = [
+        lattice(seed, purpose, model, place.name, rows=run, columns=place.shape[1]) for run in _runs(rows.tolist())
+    ]
+    words = torch.from_numpy(np.concatenate(drawn).astype(np.int64))
+    return words if place.columns is None else words[:, place.columns]
+
+
+def _runs(rows: list[int]) -> list[slice]:
+    """Neighbouring numbers together."""
+    runs: list[slice] = []
+    for row in rows:
+        if runs and runs[-1].stop == row:
+            runs[-1] = slice(runs[-1].start, row + 1)
+        else:
+            runs.append(slice(row, row + 1))
+    return runs
+
+
+def threshold(keep: float) -> int:
+    """Words below this are kept. Of the probability to KEEP: rounded in 32 bits it is off by 2^-32 at most."""
+    return round(keep * 2**32)
 
 
 @torch.no_grad()

@@ -13,18 +13,21 @@ import torch
 from prunetune.core.console import note, warn
 from prunetune.core.errors import ConfigError, DataError, Problem, suggest
 from prunetune.core.files import sha256
+from prunetune.core.sizes import format_bytes
 from prunetune.data import prepare, sources
 from prunetune.export.combine import HOWS
 from prunetune.export.stream_merge import MergeSettings, Source, StreamMerge
-from prunetune.methods.deltas import build_delta, check_delta
+from prunetune.methods.deltas import DeltaContext, build_delta, check_delta
+from prunetune.methods.deltas.darex_q import DarexOptions, DarexQ
 from prunetune.model.architecture import describe
+from prunetune.model.delta_file import DeltaFile, save_delta
 from prunetune.model.delta_inputs import measure_inputs
 from prunetune.model.deltas import Delta, alignment
 from prunetune.model.plan import Plan
 from prunetune.model.resolve import resolve_model
 from prunetune.model.surgery import Surgery
 from prunetune.model.token_rows import token_rows
-from prunetune.model.tuned import ADAPTER_CONFIG, open_tuned
+from prunetune.model.tuned import ADAPTER_CONFIG, Tuned, open_tuned
 from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.quiet import quiet_libraries
 
@@ -98,6 +101,43 @@ def merge_run(request: MergeRequest, out: Path, *, overwrite: bool = False) -> N
     note(f"merged {len(request.folders)} model(s) into {len(merge.changed)} matrices: {out}")
 
 
+def save_run(request: MergeRequest, out: Path, *, drop: float) -> None:
+    """`prunetune delta save`: what random dropping leaves of one adapter or model, in a file without positions.
+
+    Survivors are divided by 1 - drop when the file is applied, or by the closed form's q if there are calibration rows.
+
+    Raises:
+        DataError: ``out`` exists, or several sources are named.
+    """
+    if len(request.folders) != 1:
+        raise DataError("a delta file holds one adapter or model; save each one apart")
+    if out.exists():
+        raise DataError(f"{out} exists; name another file")
+    merge = ready(request)
+    [source] = merge.sources
+    method = DarexQ(DarexOptions(drop=drop, q="closed_form" if request.calibration else 1 - drop))
+    divisors: dict[str, float] = {}
+    for name in merge.changed:
+        inputs, energy = source.measured.get(name, (None, None))
+        context = DeltaContext(merge.settings.seed, source.name, inputs, energy)
+        known = request.calibration is None or inputs is not None
+        divisors[name] = method.divisor(merge.delta_of(name)[0][1], context) if known else 1 - drop
+    dtype = merge.settings.dtype or torch.bfloat16
+    save_delta(out, source.tuned, merge.slices, drop=drop, divisors=divisors, seed=merge.settings.seed, dtype=dtype)
+    before = sum(file.stat().st_size for file in request.folders[0].glob("*.safetensors"))
+    after = out.stat().st_size
+    note(f"{out}: {format_bytes(after)}, from {format_bytes(before)}")
+    if after > before:
+        warn(
+            "the file is larger than what it was made from: a low-rank adapter is small already; drop more, or keep it"
+        )
+
+
+def _open(path: Path) -> Tuned:
+    """The adapter, model or delta file at a path."""
+    return DeltaFile(path) if path.is_file() else open_tuned(path)
+
+
 def _warn_of_large_changes(merge: StreamMerge) -> None:
     """One warning, from a few matrices' first rows."""
     for name in merge.changed[:: max(1, len(merge.changed) // 8)]:
@@ -120,9 +160,7 @@ def ready(request: MergeRequest) -> StreamMerge:
     surgery = _surgery(request.plan, prepared.config)
     method = build_delta(request.method, request.method_options)
     weights = request.weights or [1.0] * len(request.folders)
-    found = [
-        Source(open_tuned(folder), weight, method, folder.name) for folder, weight in zip(request.folders, weights)
-    ]
+    found = [Source(_open(folder), weight, method, folder.name) for folder, weight in zip(request.folders, weights)]
     settings = replace(request.settings, consensus=how.consensus, normalise=how.normalise)
     merge = StreamMerge(prepared.folder, found, settings, surgery)
     if not method.calibrated and request.calibration is None:
@@ -186,6 +224,8 @@ def metadata(request: MergeRequest, merge: StreamMerge) -> dict[str, Any]:
 
 def _fingerprint(folder: Path) -> str:
     """Of an adapter's weights; of a whole model's index or header alone, which is large enough to tell models apart."""
+    if folder.is_file():
+        return sha256(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         return sha256(folder / "adapter_model.safetensors")
     files = sorted(folder.glob("*.safetensors*"))

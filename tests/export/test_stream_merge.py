@@ -26,11 +26,6 @@ from tests.support import MODEL_TYPES, batch, logits, random_plan, tiny_model, t
 EVERYTHING = "all-linear"
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return saved(tiny_model(tie_word_embeddings=False), tmp_path / "base")
-
-
 def saved(model, folder: Path) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

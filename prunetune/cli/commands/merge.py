@@ -70,6 +70,52 @@ def info(sources: Folders, base: Base, plan: Plan = None, calibration: Calibrati
     show_info(delta_info(request))
 
 
+@delta.command("save")
+def save(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder of a LoRA adapter or fine-tuned model")],
+    base: Base,
+    drop: Annotated[str, typer.Option("--drop", help="share of the delta that is dropped by lot, e.g. 99%")],
+    out: Annotated[Path, typer.Option("--out", help="file to write, e.g. tiny.delta")],
+    calibration: Calibration = None,
+    dtype: Annotated[str, typer.Option(help="of the stored values: float32, bfloat16 or float16")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="of the random mask")] = 0,
+) -> None:
+    """Store what random dropping leaves of a delta: values only, places are drawn again from the seed."""
+    from prunetune.core.errors import ConfigError, Problem
+    from prunetune.core.sizes import parse_fraction
+    from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.merge_run import save_run
+
+    try:
+        share = parse_fraction(drop)
+    except ValueError as error:
+        raise ConfigError([Problem(str(error), "--drop")]) from None
+    if not 0 <= share <= 1:
+        raise ConfigError([Problem(f"{drop} is not between 0% and 100%", "--drop")])
+    settings = MergeSettings(seed=seed, dtype=_dtype(dtype))
+    request = _request([source], base, "linear", None, None, None, None, None, calibration, settings)
+    save_run(request, out, drop=share)
+
+
+@delta.command("apply")
+def apply(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="what `prunetune delta save` wrote")],
+    base: Base,
+    out: Annotated[Path, typer.Option("--out", help="folder to write")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as the base is stored")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a former merge there")] = False,
+) -> None:
+    """Add a stored delta to its base; the same as merging the file."""
+    from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.merge_run import merge_run
+
+    settings = MergeSettings(dtype=_dtype(dtype))
+    request = _request([file], base, "linear", None, None, None, None, None, None, settings)
+    merge_run(request, out, overwrite=overwrite)
+
+
 def _request(
     sources: list[Path],
     base: str,

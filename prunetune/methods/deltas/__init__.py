@@ -13,17 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
 from prunetune.core.sizes import parse_fraction
-from prunetune.core.streams import lattice
 from prunetune.methods.options import MethodOptions, parse_options, problems_of
-from prunetune.model.deltas import Delta, Place
+from prunetune.model.deltas import Delta, Place, words_of
 
 
 @dataclass(frozen=True)
@@ -71,28 +68,7 @@ class DeltaMethod(ABC):
 
 def random_words(place: Place, context: DeltaContext, purpose: str, start: int, stop: int) -> Tensor:
     """(stop - start, n) int64 in [0, 2^32): the words that decide about these rows, in dense coordinates."""
-    rows = torch.arange(start, stop) if place.rows is None else place.rows[start:stop]
-    names = (purpose, context.model, place.name)
-    runs = _runs(rows.tolist())
-    drawn = [lattice(context.seed, *names, rows=run, columns=place.shape[1]) for run in runs]
-    words = torch.from_numpy(np.concatenate(drawn).astype(np.int64))
-    return words if place.columns is None else words[:, place.columns]
-
-
-def _runs(rows: list[int]) -> list[slice]:
-    """Neighbouring numbers together."""
-    runs: list[slice] = []
-    for row in rows:
-        if runs and runs[-1].stop == row:
-            runs[-1] = slice(runs[-1].start, row + 1)
-        else:
-            runs.append(slice(row, row + 1))
-    return runs
-
-
-def threshold(keep: float) -> int:
-    """Words below this are kept. Of the probability to KEEP: rounded in 32 bits it is off by 2^-32 at most."""
-    return round(keep * 2**32)
+    return words_of(place, context.seed, context.model, purpose, start, stop)
 
 
 DELTAS: Registry[type[DeltaMethod]] = Registry("delta method", "prunetune.methods.deltas")

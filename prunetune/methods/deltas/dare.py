@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions, random_words, threshold
-from prunetune.model.deltas import Delta, Mapped
+from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions, random_words
+from prunetune.model.deltas import Delta, Mapped, threshold
 
 
 class DareOptions(DropOptions):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from prunetune.core.streams import lattice
-from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions, threshold
+from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions
 from prunetune.methods.deltas.dare import divided
-from prunetune.model.deltas import Delta, LowRank, Mapped
+from prunetune.model.deltas import Delta, LowRank, Mapped, threshold
 
 
 class StructuralOptions(DropOptions):

@@ -1,0 +1,91 @@
+"""Delta files: exactly the masked delta, for the right base only, damaged ones refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from prunetune.cli.main import app
+from prunetune.core.errors import DataError, PlanMismatchError, UnsupportedModelError
+from prunetune.export.stream_merge import MergeSettings
+from prunetune.model.delta_file import DeltaFile
+from prunetune.pipeline.merge_run import MergeRequest, save_run
+from tests.export.test_stream_merge import CONFIGS, adapter, merged, saved, tensors
+from tests.support import tiny_model
+
+EXACT = MergeSettings(dtype=torch.float32)
+
+
+def stored(base: Path, tuned: Path, file: Path, drop: float = 0.7, settings: MergeSettings = EXACT) -> Path:
+    save_run(MergeRequest([tuned], str(base), settings=settings), file, drop=drop)
+    return file
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_applying_a_file_is_merging_with_dare(kind, base, tmp_path):
+    tuned = adapter(base, tmp_path / "adapter", **CONFIGS[kind])
+    file = stored(base, tuned, tmp_path / "tiny.delta")
+    expected = tensors(merged(tmp_path, [tuned], base, "direct", delta="dare", options={"drop": 0.7}))
+    found = tensors(merged(tmp_path, [file], base, "applied"))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6, msg=name)
+    small = tensors(merged(tmp_path, [file], base, "blocks", settings=MergeSettings(block_bytes=1)))
+    assert all(torch.equal(small[name], found[name]) for name in found)
+
+
+def test_a_whole_models_delta_shrinks_with_what_is_dropped(base, tmp_path):
+    tuned = saved(tiny_model(seed=3, tie_word_embeddings=False), tmp_path / "tuned")
+    sizes = [stored(base, tuned, tmp_path / f"{drop}.delta", drop).stat().st_size for drop in (0.0, 0.5, 0.9)]
+    assert sizes[0] > 1.7 * sizes[1]
+    everything = tensors(merged(tmp_path, [tmp_path / "0.0.delta"], base, "all"))
+    for name, tensor in tensors(tuned).items():
+        torch.testing.assert_close(everything[name], tensor, atol=1e-6, rtol=1e-6)
+    none = stored(base, tuned, tmp_path / "none.delta", 1.0)
+    assert torch.equal(
+        tensors(merged(tmp_path, [none], base, "none"))["lm_head.weight"], tensors(base)["lm_head.weight"]
+    )
+
+
+def test_another_base_and_damage_are_refused(base, tmp_path):
+    tuned = adapter(base, tmp_path / "adapter")
+    file = stored(base, tuned, tmp_path / "tiny.delta")
+    other = saved(tiny_model(seed=9, tie_word_embeddings=False), tmp_path / "other")
+    with pytest.raises(PlanMismatchError, match="fingerprint"):
+        merged(tmp_path, [file], other)
+    with pytest.raises(DataError, match="exists"):
+        stored(base, tuned, file)
+    content = file.read_bytes()
+    (tmp_path / "short.delta").write_bytes(content[:-50])
+    with pytest.raises(UnsupportedModelError, match="truncated"):
+        DeltaFile(tmp_path / "short.delta")
+    changed = bytearray(content)
+    changed[-3] ^= 0x40
+    (tmp_path / "changed.delta").write_bytes(bytes(changed))
+    with pytest.raises(UnsupportedModelError, match="was changed"):
+        DeltaFile(tmp_path / "changed.delta")
+    save_file(load_file(file), tmp_path / "plain.safetensors")
+    with pytest.raises(UnsupportedModelError, match="no delta file"):
+        DeltaFile(tmp_path / "plain.safetensors")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_save_and_apply_as_they_are_typed(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter(base, tmp_path / "adapter")
+    rows = "".join(json.dumps({"text": f"w{i} w{i + 1} w5 w9 w2"}) + "\n" for i in range(20))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    words = ["delta", "save", "adapter", "--base", "base", "--drop", "90%", "--calibration", "rows.jsonl"]
+    done = CliRunner().invoke(app, [*words, "--out", "tiny.delta"])
+    assert done.exit_code == 0, done.output
+    divisors = [entry["divisor"] for entry in DeltaFile(tmp_path / "tiny.delta").facts["matrices"].values()]
+    assert min(divisors) > 0.1, "q of the closed form"
+    done = CliRunner().invoke(app, ["delta", "apply", "tiny.delta", "--base", "base", "--out", "merged"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "merged/config.json").exists()
+    assert CliRunner().invoke(app, [*words[:5], "--drop", "120%", "--out", "x.delta"]).exit_code == 2
