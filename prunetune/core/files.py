@@ -33,7 +33,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if not target.exists():
             os.rename(temporary, target)
         elif replace:
-            _exchange(temporary, target)
+            exchange(temporary, target)
         else:
             raise FileExistsError(f"{target} exists")
     finally:
@@ -41,7 +41,8 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _exchange(temporary: Path, target: Path) -> None:
+def exchange(temporary: Path, target: Path) -> None:
+    """Puts one folder in another's place; what stood there goes only once the new one is there."""
     retired = temporary.with_suffix(".old")
     os.rename(target, retired)
     try:

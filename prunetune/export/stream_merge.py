@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prunetune.core.console import note, warn
 from prunetune.core.errors import ExportError, PlanMismatchError, UnsupportedModelError
-from prunetune.core.files import free_bytes, read_json, write_json
+from prunetune.core.files import exchange, free_bytes, read_json, write_json
 from prunetune.core.sizes import format_bytes
 from prunetune.export.combine import combine
 from prunetune.methods.deltas import DeltaContext, DeltaMethod
@@ -41,7 +41,7 @@ class Source:
 
     Args:
         tuned: what was learnt. weight: of its delta in the sum. method: prunes its delta first.
-        name: names its random masks. measured: tensor -> (inputs, energy), see DeltaContext; for calibrated methods.
+        name: names its random masks. measured: tensor of the base -> (inputs, energy), see DeltaContext.
     """
 
     tuned: Tuned
@@ -177,10 +177,7 @@ class StreamMerge:
                 f"the merge to {folder} stopped: {error}. Finished shards are in {work}; the same command goes on"
             ) from error
         if folder.exists():
-            retired = folder.with_name(f".{folder.name}.old")
-            os.rename(folder, retired)
-            os.rename(work, folder)
-            shutil.rmtree(retired)
+            exchange(work, folder)
         else:
             os.rename(work, folder)
 
@@ -221,7 +218,7 @@ class StreamMerge:
             return self._cast(self._replaced[name]()).contiguous()
         if name not in self._deltas:
             return self._cast(self._reader.read(self.slices.name(name))).contiguous()
-        pruned = [source.method.apply(*self._delta(source, place)) for source, place in self._deltas[name]]
+        pruned = [source.method.apply(*self._delta(name, source, place)) for source, place in self._deltas[name]]
         weights = [source.weight for source, _ in self._deltas[name]]
         base = self.slices.rows(name)
         m, n = pruned[0].shape
@@ -245,7 +242,7 @@ class StreamMerge:
 
     def delta_of(self, name: str) -> list[tuple[Source, Delta]]:
         """The unpruned deltas of a tensor, for reports."""
-        return [(source, self._delta(source, place)[0]) for source, place in self._deltas.get(name, ())]
+        return [(source, self._delta(name, source, place)[0]) for source, place in self._deltas.get(name, ())]
 
     def base_norm(self, name: str) -> float:
         """Norm of the base's own matrix."""
@@ -259,10 +256,8 @@ class StreamMerge:
         """Names of the matrices that get a delta, in the base's order."""
         return [name for name in self._shapes if name in self._deltas]
 
-    def _delta(self, source: Source, place: Place) -> tuple[Delta, DeltaContext]:
-        inputs, energy = source.measured.get(place.name, (None, None))
-        if inputs is not None and place.columns is not None:
-            inputs = inputs[place.columns]
+    def _delta(self, name: str, source: Source, place: Place) -> tuple[Delta, DeltaContext]:
+        inputs, energy = source.measured.get(name, (None, None))
         return source.tuned.delta(place, self.slices), DeltaContext(self.settings.seed, source.name, inputs, energy)
 
     def _cast(self, tensor: Tensor, stored: torch.dtype | None = None) -> Tensor:

@@ -20,14 +20,15 @@ from prunetune.export.stream_merge import MergeSettings, Source, StreamMerge
 from prunetune.methods.deltas import DeltaContext, build_delta, check_delta
 from prunetune.methods.deltas.darex_q import DarexOptions, DarexQ
 from prunetune.model.architecture import describe
-from prunetune.model.delta_file import DeltaFile, save_delta
+from prunetune.model.delta_file import DeltaFile, base_fingerprint, save_delta
 from prunetune.model.delta_inputs import measure_inputs
 from prunetune.model.deltas import Delta, alignment
 from prunetune.model.plan import Plan
 from prunetune.model.resolve import resolve_model
+from prunetune.model.shards import ShardReader
 from prunetune.model.surgery import Surgery
 from prunetune.model.token_rows import token_rows
-from prunetune.model.tuned import ADAPTER_CONFIG, Tuned, open_tuned
+from prunetune.model.tuned import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tuned, open_tuned
 from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.quiet import quiet_libraries
 
@@ -133,6 +134,12 @@ def save_run(request: MergeRequest, out: Path, *, drop: float) -> None:
         )
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """A name for each source's random masks: its folder's; of equals the later ones are numbered."""
+    names = [folder.name for folder in folders]
+    return [name if name not in names[:place] else f"{name}#{place}" for place, name in enumerate(names)]
+
+
 def _open(path: Path) -> Tuned:
     """The adapter, model or delta file at a path."""
     return DeltaFile(path) if path.is_file() else open_tuned(path)
@@ -160,7 +167,8 @@ def ready(request: MergeRequest) -> StreamMerge:
     surgery = _surgery(request.plan, prepared.config)
     method = build_delta(request.method, request.method_options)
     weights = request.weights or [1.0] * len(request.folders)
-    found = [Source(_open(folder), weight, method, folder.name) for folder, weight in zip(request.folders, weights)]
+    opened = zip(request.folders, weights, _names(request.folders))
+    found = [Source(_open(folder), weight, method, name) for folder, weight, name in opened]
     settings = replace(request.settings, consensus=how.consensus, normalise=how.normalise)
     merge = StreamMerge(prepared.folder, found, settings, surgery)
     if not method.calibrated and request.calibration is None:
@@ -209,8 +217,9 @@ def metadata(request: MergeRequest, merge: StreamMerge) -> dict[str, Any]:
     return {
         "format": "prunetune-merge",
         "base": request.base,
+        "base_fingerprint": base_fingerprint(merge.slices.reader),
         "models": [
-            {"folder": folder.name, "weight": source.weight, "weights_sha256": _fingerprint(folder)}
+            {"name": source.name, "weight": source.weight, "fingerprint": _fingerprint(folder)}
             for folder, source in zip(request.folders, merge.sources)
         ],
         "how": request.how,
@@ -218,18 +227,24 @@ def metadata(request: MergeRequest, merge: StreamMerge) -> dict[str, Any]:
         "scale": merge.settings.scale,
         "seed": merge.settings.seed,
         "dtype": str(merge.settings.dtype),
+        "shard_size": merge.settings.shard_size,
+        "calibration": None if request.calibration is None else _calibration_hash(request.calibration),
         "plan": None if request.plan is None else Plan.load(request.plan).digest(),
     }
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of an adapter's weights; of a whole model's index or header alone, which is large enough to tell models apart."""
+    """Of all of a small file, and of names, shapes and the first row of every matrix of a whole model."""
     if folder.is_file():
         return sha256(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        return sha256(folder / "adapter_model.safetensors")
-    files = sorted(folder.glob("*.safetensors*"))
-    return " ".join(f"{file.name}:{file.stat().st_size}" for file in files)
+        return sha256(folder / ADAPTER_WEIGHTS)
+    return base_fingerprint(ShardReader(folder))
+
+
+def _calibration_hash(name: str) -> str:
+    """Of a file's bytes; of a folder or hub id its name."""
+    return sha256(Path(name)) if Path(name).is_file() else name
 
 
 def _surgery(plan: Path | None, config: dict[str, Any]) -> Surgery | None:

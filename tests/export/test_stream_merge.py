@@ -225,6 +225,47 @@ def test_another_merge_does_not_go_on_with_what_is_left(base, tmp_path, monkeypa
     assert "x" not in tensors(merged(tmp_path, [tuned], base, "out"))
 
 
+def test_a_merge_of_other_weights_does_not_go_on(base, tmp_path, monkeypatch):
+    """Two tunings of one model have files of one size; the first one's shards must not end in the second's merge."""
+    one, two = (saved(tiny_model(seed=seed, tie_word_embeddings=False), tmp_path / f"{seed}" / "m") for seed in (5, 6))
+    real = stream_merge.os.replace
+    monkeypatch.setattr(stream_merge.os, "replace", lambda a, b: real(a, b) if "00002" not in str(b) else 1 / 0)
+    settings = MergeSettings(shard_size=20_000)
+    with pytest.raises(ZeroDivisionError):
+        merged(tmp_path, [one], base, "out", settings=settings)
+    monkeypatch.undo()
+    found, expected = tensors(merged(tmp_path, [two], base, "out", settings=settings)), tensors(two)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_folders_of_one_name_are_two_models(base, tmp_path):
+    for number, seed in enumerate((0, 0)):
+        adapter(base, tmp_path / f"{number}" / "adapter", seed)
+    same = [tmp_path / "0" / "adapter", tmp_path / "1" / "adapter"]
+    both = tensors(merged(tmp_path, same, base, "both", delta="dare", options={"drop": 0.5}, weights=[0.5, 0.5]))
+    one = tensors(merged(tmp_path, same[:1], base, "one", delta="dare", options={"drop": 0.5}))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(both[name], one[name]), "their masks are drawn apart"
+
+
+def test_calibration_on_a_pruned_base_sees_its_own_inputs(base, tmp_path):
+    tuned = adapter(base, tmp_path / "adapter")
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plan = random_plan(describe(dense.config), ("mlp_channels", "kv_groups", "layers"))
+    plan.save(tmp_path / "plan.json")
+    slice_model(dense, plan)
+    pruned = saved(dense, tmp_path / "pruned")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"w{i} w{i + 1} w5 w9 w2"}) + "\n" for i in range(20)))
+    request = {"plan": tmp_path / "plan.json", "calibration": str(rows), "options": {"drop": 0.5}}
+    found = tensors(merged(tmp_path, [tuned], pruned, "out", delta="wanda", **request))
+    before = tensors(pruned)
+    for name in (name for name in found if "down_proj" in name):
+        changed = (found[name] != before[name]).sum(1)
+        assert (changed == round(0.5 * found[name].shape[1])).all()
+
+
 def test_calibrated_methods_see_real_inputs(base, tmp_path):
     tuned = adapter(base, tmp_path / "adapter")
     rows = tmp_path / "rows.jsonl"

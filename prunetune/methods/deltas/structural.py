@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field, field_validator
 
 from prunetune.core.streams import lattice
@@ -43,7 +44,7 @@ class Structural(DeltaMethod):
         words = lattice(context.seed, *names, rows=slice(0, 1), columns=place.shape[1])[0]
         stays = words.astype("int64") < threshold(1 - drop)
         kept = stays if place.columns is None else stays[place.columns.numpy()]
-        mask = delta.rows(0, 0).new_tensor(kept)
+        mask = torch.from_numpy(kept).float()
         divisor = self.options.q or 1 - drop
         if isinstance(delta, LowRank):
             return LowRank(place, delta.a * mask / (divisor or 1.0), delta.b, delta.scale)
