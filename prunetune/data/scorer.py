@@ -22,7 +22,14 @@ from prunetune.data.gradients import GradientFeatures
 from prunetune.model.marks import Protection, paragraphs
 from prunetune.model.score_table import ScoreTable
 from prunetune.model.token_rows import IGNORED_LABEL, TokenRow
-from prunetune.model.token_stats import TokenStats, head_statistics, hidden_states, logit_softcap, output_head
+from prunetune.model.token_stats import (
+    TokenStats,
+    evaluating,
+    head_statistics,
+    hidden_states,
+    logit_softcap,
+    output_head,
+)
 
 # What a pass can add beside the token statistics, and what it costs.
 EXTRAS = {
@@ -156,7 +163,7 @@ class Scorer:
     ) -> tuple[TokenStats, torch.Tensor, list[int]]:
         """(statistics of the batch's targets row after row, hidden states, targets of each row)."""
         ids_BS = torch.tensor([row.input_ids for row in rows], device=model.device)
-        with inference_mode(model):
+        with evaluating(model):
             causal, hidden_BSD = hidden_states(model, ids_BS)
         row_index = np.repeat(np.arange(len(rows)), [len(part) for part in positions])
         column = np.concatenate([*positions, np.zeros(0, dtype=np.int64)]).astype(np.int64)
@@ -227,17 +234,6 @@ class Scorer:
         if found and "embedding" in found[0]:
             given["embedding"] = np.stack([place["embedding"] for place in found])
         return ScoreTable(ids, offsets, given, tokens, self.facts)
-
-
-@contextlib.contextmanager
-def inference_mode(model: Any) -> Iterator[None]:
-    """Dropout off, and on again as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _target_positions(row: TokenRow) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 
 from prunetune.core.errors import DataError
 from prunetune.model.token_rows import IGNORED_LABEL, TokenRow, token_rows
-from prunetune.model.token_stats import token_statistics
+from prunetune.model.token_stats import evaluating, token_statistics
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,14 @@ def text_perplexity(
 
 @torch.inference_mode()
 def _perplexity(model: Any, rows: Sequence[TokenRow], batch_size: int) -> Perplexity:
-    was_training = model.training
-    model.eval()
     total_nll, tokens, top1 = 0.0, 0, 0
-    try:
+    with evaluating(model):
         for first in range(0, len(rows), batch_size):
             ids_BS, labels_BS, attention_BS = _padded(rows[first : first + batch_size], model.device)
             stats = token_statistics(model, ids_BS, labels_BS, attention_BS)
             total_nll += float(stats.nll.double().sum())
             tokens += int(stats.mask.sum())
             top1 += int(stats.top1.sum())
-    finally:
-        model.train(was_training)
     nll = total_nll / tokens
     return Perplexity(math.exp(min(nll, 700.0)), nll, tokens, top1 / tokens)
 

@@ -25,7 +25,6 @@ ROW_COLUMNS = {
     "grad_norm": "norm of the gradient of the row's mean loss with respect to the output layer's weight",
     "direct_nll": "mean negative log-likelihood of the answer without its prompt, nats",
     "embedding": "(N, D) mean last hidden state, float32",
-    "gradient": "(N, P) projected, normalised LoRA gradient of each row, float32",
     "influence": "similarity of the row's gradient to the validation rows' (LESS), float32",
 }
 TOKEN_COLUMNS = {

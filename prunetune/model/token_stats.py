@@ -6,6 +6,7 @@ columns of a block. Statistics only, no gradients: the training loss is TRL's.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,24 @@ from torch import Tensor, nn
 
 from prunetune.core.errors import UnsupportedModelError
 from prunetune.model.last_layer import add_overlaps, gradient_norms, project
+from prunetune.model.token_rows import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 # One block of float32 logits; large enough for full matrix-product speed, and small enough that the C library hands the
 # same memory out again instead of asking the system for fresh pages.
 BLOCK_BYTES = 24 * 2**20
 _VOCAB_BLOCK = 16384
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode for the block; every module then gets back the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from prunetune.core.errors import DataError
+from prunetune.model.token_rows import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 # What TRL's collator returns, padded or padding-free; anything else would be lost when rows are collated again.
 _KNOWN = {
     *("input_ids", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k"),

@@ -5,21 +5,20 @@ Legend: B rows of a scoring batch, S its padded length, T target tokens.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from prunetune.methods.online import REFERENCE, SCORED_TOKENS
 from prunetune.model.score_table import ScoreTable
 from prunetune.model.surgery import base_model
-from prunetune.model.token_stats import head_statistics, hidden_states, logit_softcap, output_head
-from prunetune.train.selection_rows import IGNORED_LABEL, Row
+from prunetune.model.token_rows import IGNORED_LABEL
+from prunetune.model.token_stats import evaluating, head_statistics, hidden_states, logit_softcap, output_head
+from prunetune.train.selection_rows import Row
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Scorer:
         found: dict[str, RowScores] = {}
         if not rows:
             return found
-        with _evaluating(self._trainer.model), torch.no_grad():
+        with evaluating(self._trainer.model), torch.no_grad():
             for batch in _batches(rows, most_tokens):
                 found |= self._score(batch)
         return found
@@ -140,18 +139,6 @@ def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)
 
 
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode for the block; every module then gets back the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
     """Rows of similar length together."""
     batch: list[Row] = []
@@ -173,8 +160,3 @@ def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
         labels[number, : len(row)] = row.labels
         mask[number, : len(row)] = 1
     return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(mask)
-
-
-def has_reference(model: Any) -> bool:
-    """Whether the model's base can be asked beside the model: with the adapters off."""
-    return isinstance(model, PeftModel)

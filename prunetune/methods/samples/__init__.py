@@ -6,7 +6,7 @@ Legend: N rows.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,8 +15,9 @@ import numpy as np
 
 from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
-from prunetune.methods.options import MethodOptions, parse_options, problems_of
+from prunetune.methods.options import parse_options, problems_of
 from prunetune.methods.ranking import best_first, name_ranks
+from prunetune.methods.table_method import TableMethod
 from prunetune.model.score_table import ScoreTable
 
 
@@ -43,26 +44,12 @@ class SampleChoice:
     other: np.ndarray | None = None
 
 
-class SampleMethod(ABC):
-    """A method that ranks rows, or chooses them in its own way by overriding ``choose``.
+class SampleMethod(TableMethod):
+    """A method that ranks rows, or chooses them in its own way by overriding ``choose``."""
 
-    Args:
-        options: the method's own options.
-        seed: of the run; only methods that draw by lot use it, through ``core.streams``.
-    """
-
-    Options: ClassVar[type[MethodOptions]] = MethodOptions
-    paper: ClassVar[str] = ""
-    # Columns of the table that it reads, and whether it can work on the rows of one step (online).
-    needs: ClassVar[frozenset[str]] = frozenset()
-    online: ClassVar[bool] = True
     # In the trainer: whether it chooses once an epoch from the losses last seen in training (InfoBatch), rather than
     # in every step from the statistics of a scoring pass.
     per_epoch: ClassVar[bool] = False
-
-    def __init__(self, options: MethodOptions, seed: int = 0):
-        self.options = options
-        self.seed = seed
 
     @abstractmethod
     def scores(self, table: ScoreTable) -> np.ndarray:

@@ -6,7 +6,7 @@ Legend: N rows, T target tokens of all rows together.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -14,31 +14,19 @@ import numpy as np
 
 from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
-from prunetune.methods.options import MethodOptions, parse_options, problems_of
+from prunetune.methods.options import parse_options, problems_of
+from prunetune.methods.table_method import TableMethod
 from prunetune.methods.tokens._budget import highest_tokens, token_budget, without_groups
 from prunetune.model.score_table import ScoreTable
 
 Scope = Literal["sample", "all"]
 
 
-class TokenMethod(ABC):
-    """A method that ranks target tokens.
+class TokenMethod(TableMethod):
+    """A method that ranks target tokens."""
 
-    Args:
-        options: the method's own options.
-        seed: of the run; only methods that draw by lot use it, through ``core.streams``.
-    """
-
-    Options: ClassVar[type[MethodOptions]] = MethodOptions
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    # Whether it can work on the rows of one step, and whether dropped tokens leave the text (default: only the loss).
-    online: ClassVar[bool] = True
+    # Whether dropped tokens leave the text; by default they leave the loss only.
     removes: ClassVar[bool] = False
-
-    def __init__(self, options: MethodOptions, seed: int = 0):
-        self.options = options
-        self.seed = seed
 
     @abstractmethod
     def scores(self, table: ScoreTable) -> np.ndarray:
