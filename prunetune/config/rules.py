@@ -33,7 +33,7 @@ def check(config: RunConfig) -> list[Problem]:
     """Every combination in ``config`` that cannot work; ``field`` is the dotted key to change."""
     rules = (
         *(_target, _data, _data_files, run_faults, _loss, _steps, _further_sft, _trackers),
-        *(_lora, _folders, _evaluate),
+        *(_lora, _delta, _folders, _evaluate),
     )
     return [Problem(message, field=field) for rule in rules for field, message in rule(config)]
 
@@ -174,6 +174,15 @@ def _lora(config: RunConfig) -> Iterator[Finding]:
     if isinstance(targets, str) and "," in targets:
         names = ", ".join(name.strip() for name in targets.split(","))
         yield "lora.targets", f"several names are a list: [{names}]"
+
+
+def _delta(config: RunConfig) -> Iterator[Finding]:
+    delta = config.delta
+    if delta.method == "identity" and delta.drop is not None:
+        yield "delta.drop", "is not used, because delta.method keeps everything; set it to darex_q, or remove this"
+    for field, user, off in (("strength", "regularize", "none"), ("train_drop_unit", "train_drop", 0.0)):
+        if getattr(delta, user) == off and getattr(delta, field) != type(delta).model_fields[field].default:
+            yield f"delta.{field}", f"is not used without delta.{user}; set that, or remove this"
 
 
 def _folders(config: RunConfig) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from prunetune.core.sizes import parse_bytes, parse_count, parse_fraction
 
@@ -20,9 +20,18 @@ def _bytes(value: Any) -> int:
     return value if type(value) is int else parse_bytes(value)
 
 
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}; escape its special characters") from error
+    return value
+
+
 Fraction = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0.0, le=1.0)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 UnitKind = Literal["mlp_channels", "kv_groups", "query_heads", "layers"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -71,18 +80,9 @@ class TokenConfig(MethodSection):
     kept: Fraction = Field(1.0, gt=0, description="fraction of the kept rows' target tokens that stays")
     scope: Literal["sample", "all"] = Field("all", description="rank within each row, or over an optimizer step's rows")
     floor: Fraction = Field(0.1, description="every row keeps at least this fraction of its targets, and one")
-    final_answer: str | None = Field(
+    final_answer: Pattern | None = Field(
         None, description="regular expression where final answers begin; from its last match on nothing is dropped"
     )
-
-    @field_validator("final_answer")
-    @classmethod
-    def _is_pattern(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"is no regular expression: {error}; escape its special characters") from error
-        return value
 
 
 class OnlineConfig(Section):
@@ -182,6 +182,32 @@ class CompensationConfig(MethodSection):
     method: str = Field("refit", description="see `prunetune list compensation`")
 
 
+class DeltaConfig(MethodSection):
+    """How much of what the adapters learnt is kept when they are merged, and how training makes ready for that."""
+
+    method: str = Field("identity", description="prunes what was learnt at the export; see `prunetune list deltas`")
+    drop: Fraction | None = Field(None, description="share of it that is dropped; default: the method's own")
+    regularize: Literal["none", "l2", "l1"] = Field(
+        "none", description="pulls the change of every weight toward 0: l2 for random dropping, l1 for keeping the largest"
+    )
+    strength: float = Field(1e-3, ge=0, description="of regularize, relative to the optimizer's own steps")
+    train_drop: Fraction = Field(
+        0.0, lt=1, description="share of A that is dropped anew in every step of the recover phase, ramped up"
+    )
+    train_drop_unit: Literal["columns", "entries"] = Field(
+        "columns", description="what train_drop drops: input channels of A, or single entries"
+    )
+
+    def method_options(self) -> dict[str, Any]:
+        """What the method is built with."""
+        return self.options() | ({} if self.drop is None else {"drop": self.drop})
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether everything that was learnt is merged."""
+        return self.method == "identity" or self.drop == 0
+
+
 class PhaseConfig(Section):
     """Shares of the optimizer steps; recover gets what is left."""
 
@@ -250,6 +276,11 @@ class EvaluateSection(Section):
     rows: int = Field(200, ge=1, description="held-out rows for the domain perplexity")
     general_tokens: int = Field(8192, ge=128, description="tokens of general text")
     speed: bool = Field(True, description="measure prefill and decode speed")
+    answer: Pattern | None = Field(
+        None, description="regular expression with a group for the final answer; generated answers are then compared"
+    )
+    answer_rows: int = Field(100, ge=1, description="held-out rows that are answered; only with answer")
+    answer_tokens: int = Field(256, ge=1, description="an answer is at most this long; only with answer")
     compare: Literal["base", "dense"] = Field(
         "base", description="dense: also train the plain LoRA run with the same steps, to show what pruning cost"
     )
@@ -263,6 +294,7 @@ class RunConfig(Section):
     target: TargetConfig
     mask: MaskConfig = MaskConfig()
     compensation: CompensationConfig = CompensationConfig()
+    delta: DeltaConfig = DeltaConfig()
     phases: PhaseConfig = PhaseConfig()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
@@ -281,9 +313,8 @@ class RunConfig(Section):
 
     def prune(self) -> PruneConfig:
         """The part that PruneTuneTrainer takes."""
-        return PruneConfig(
-            target=self.target, mask=self.mask, compensation=self.compensation, phases=self.phases, seed=self.seed
-        )
+        parts = {name: getattr(self, name) for name in PruneConfig.model_fields}
+        return PruneConfig(**parts)
 
     def selection(self) -> SelectionConfig | None:
         """The choice of rows and tokens that PruneTuneTrainer takes; None: everything is trained on."""
@@ -304,5 +335,6 @@ class PruneConfig(Section):
     target: TargetConfig
     mask: MaskConfig = MaskConfig()
     compensation: CompensationConfig = CompensationConfig()
+    delta: DeltaConfig = DeltaConfig()
     phases: PhaseConfig = PhaseConfig()
     seed: int = 0

@@ -26,6 +26,7 @@ SHORT_FORMS: dict[KeyPath, str] = {
     ("target",): "kept",
     ("mask",): "method",
     ("compensation",): "method",
+    ("delta",): "method",
     ("data", "samples"): "method",
     ("data", "tokens"): "method",
 }
@@ -36,6 +37,7 @@ ALTERNATIVES = {"target": ("kept", "params", "size")}
 METHOD_SECTIONS: dict[KeyPath, tuple[str, ...]] = {
     ("mask",): (),
     ("compensation",): (),
+    ("delta",): ("drop", "regularize", "strength", "train_drop", "train_drop_unit"),
     ("data", "samples"): ("kept",),
     ("data", "tokens"): ("kept", "scope", "floor", "final_answer"),
 }

@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from prunetune.config.schema import CompensationConfig, MaskConfig, RunConfig
+from prunetune.config.schema import RunConfig
 from prunetune.core.errors import Problem, suggest
 
 MASK_PACKAGE = "prunetune.methods.masks"
 COMPENSATION_PACKAGE = "prunetune.methods.compensation"
+DELTA_PACKAGE = "prunetune.methods.deltas"
 
 
 def check_methods(config: RunConfig) -> list[Problem]:
     """Problems with the names, options and abilities of all methods that are named."""
     found = []
-    for section, package, chosen in (
-        ("mask", MASK_PACKAGE, config.mask),
-        ("compensation", COMPENSATION_PACKAGE, config.compensation),
+    for section, package, method, options in (
+        ("mask", MASK_PACKAGE, config.mask.method, config.mask.options()),
+        ("compensation", COMPENSATION_PACKAGE, config.compensation.method, config.compensation.options()),
+        ("delta", DELTA_PACKAGE, config.delta.method, config.delta.method_options()),
     ):
         known = registered_names(package)
-        if chosen.method not in known:
-            message = f"there is no {section} {chosen.method!r}; {suggest(chosen.method, known)}"
+        if method not in known:
+            message = f"there is no {section} {method!r}; {suggest(method, known)}"
             found.append(Problem(message, f"{section}.method"))
-        elif chosen.options():
-            found += _check_options(section, chosen)
+        elif options:
+            found += _check_options(section, method, options)
     return found + _check_selection(config)
 
 
@@ -68,9 +72,11 @@ def _names_in(tree: ast.Module) -> list[str]:
     ]
 
 
-def _check_options(section: str, chosen: MaskConfig | CompensationConfig) -> list[Problem]:
+def _check_options(section: str, method: str, options: Mapping[str, Any]) -> list[Problem]:
     if section == "mask":
         from prunetune.methods.masks import check_mask as check
+    elif section == "delta":
+        from prunetune.methods.deltas import check_delta as check
     else:
         from prunetune.methods.compensation import check_compensation as check
-    return check(chosen.method, chosen.options())
+    return check(method, options)
