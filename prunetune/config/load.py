@@ -20,7 +20,13 @@ Check = Callable[[RunConfig], list[Problem]]
 _STAND_INS: dict[str, dict[str, Any]] = {"model": {"name": "unnamed"}, "target": {"kept": 1.0}}
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = (), checks: Sequence[Check] = ()) -> RunConfig:
+def load_config(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+    *,
+    without: Sequence[str] = (),
+) -> RunConfig:
     """The configuration in ``path`` with ``key=value`` overrides on top.
 
     Args:
@@ -29,6 +35,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), checks: Sequen
             budget given here replaces the file's budget whatever its kind.
         checks: further rules, for what this layer cannot know (which methods exist); each returns Problems
             whose ``field`` is a dotted key, and the place is filled in here.
+        without: top-level sections of the file that are another reader's.
 
     Raises:
         ConfigError: every fault found, each with ``file:line`` or the override it comes from.
@@ -38,6 +45,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), checks: Sequen
         0.6
     """
     source = read_source(path, overrides)
+    for section in without:
+        source.values.pop(section, None)
     config, faults = _validate(source)
     problems = [*source.problems, *(source.problem(key, message) for key, message in faults.items())]
     if config is not None:

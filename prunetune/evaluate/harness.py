@@ -11,6 +11,7 @@ flops_per_token              forward FLOPs of one prompt token, averaged over th
 domain_ppl, general_ppl      perplexity over the rows' target tokens / over prose
 domain_nll, general_nll      their logarithms, nats per token
 domain_tokens, ..._top1      target tokens, and the fraction of them that was the likeliest
+exact_match                  fraction of rows whose generated final answer is the right one, if asked for
 prefill_tps_b1 ... b8        prompt tokens per second at batch 1 and 8 (median; _low and _high: quartiles)
 decode_tps_b1 ... b8         generated tokens per second over the whole batch, likewise
 prefill_speedup_b1 ...       ratio to the first model of the comparison, likewise
@@ -34,6 +35,7 @@ from prunetune.core.errors import DataError
 from prunetune.core.files import read_json, write_json
 from prunetune.core.records import EvalResult
 from prunetune.evaluate.device import default_device, default_dtype
+from prunetune.evaluate.exact_match import exact_match
 from prunetune.evaluate.memory import peak_memory
 from prunetune.evaluate.perplexity import domain_perplexity, text_perplexity
 from prunetune.evaluate.speed import Speed, compare_speed
@@ -51,6 +53,8 @@ class EvalSettings:
         completion_only: targets are completions only; None: if rows have them.
         assistant_only: targets are the assistant's tokens.
         general_tokens: tokens of the general text. window: tokens of one of its windows.
+        answer: see ``exact_match``; None: no answers are generated. answer_rows: rows that are answered.
+        answer_tokens: an answer is at most this long.
         dtype: of weights and arithmetic; auto: bfloat16 where the hardware has it.
         device: cpu, cuda, or auto.
         prompt_tokens, new_tokens, repeats: of the speed measurement.
@@ -62,6 +66,9 @@ class EvalSettings:
     assistant_only: bool = False
     general_tokens: int = 8192
     window: int = 512
+    answer: str | None = None
+    answer_rows: int = 100
+    answer_tokens: int = 256
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     prompt_tokens: int = 128
@@ -119,7 +126,7 @@ def compare(
     models = {}
     for label, folder in folders.items():
         model, tokenizer = _load(Path(folder), settings)
-        numbers[label] |= _quality(label, model, tokenizer, rows, general_text, settings)
+        numbers[label] |= quality(label, model, tokenizer, rows, general_text, settings)
         if speed:
             models[label] = model
     if speed:
@@ -162,9 +169,10 @@ def _sizes(folder: Path, settings: EvalSettings) -> dict[str, float]:
     }
 
 
-def _quality(
+def quality(
     label: str, model: Any, tokenizer: Any, rows: list[Any], general_text: str, settings: EvalSettings
 ) -> dict[str, float]:
+    """The perplexities of a model in memory, and its exact matches if answers are asked for."""
     domain = domain_perplexity(
         model,
         tokenizer,
@@ -190,6 +198,12 @@ def _quality(
             "general_top1": general.top1,
         }
         said += f", general {general.perplexity:.2f} over {general.tokens}"
+    if settings.answer:
+        asked = rows[: settings.answer_rows]
+        found["exact_match"] = exact_match(
+            model, tokenizer, asked, settings.answer, settings.answer_tokens, settings.batch_size
+        )
+        said += f", {found['exact_match']:.1%} of {len(asked)} answers exact"
     note(said)
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.config.presets import derive, export_folder, total_steps
-from prunetune.config.schema import PruneConfig, RunConfig
+from prunetune.config.schema import PruneConfig, RunConfig, SampleConfig, TokenConfig
 from prunetune.core.console import console, is_main_process, note
 from prunetune.core.records import DataBundle, EvalResult, ExportedModel, PreparedModel
 from prunetune.data.load import PYDOCS, load_bundle
@@ -147,8 +147,7 @@ def train(
         dtype=config.export.dtype,
         evaluate_at_freeze=True,
         metrics_file=config.folder / METRICS if prune is not None else None,
-        # The dense run that a joint run is compared with sees all the data.
-        select=config.selection() if prune is not None else None,
+        select=config.selection(),
         selection_file=config.folder / SELECTION,
     )
     if prune is not None:
@@ -179,11 +178,13 @@ def _export(config: RunConfig, trainer: PruneTuneTrainer, resume: bool) -> Expor
 def _dense(
     config: RunConfig, prepared: PreparedModel, tokenizer: Any, data: DataBundle, steps: int, resume: bool
 ) -> Path:
-    """Trains and exports the plain LoRA run with the same data, steps and seed."""
+    """Trains and exports the plain LoRA run with the same seed, as many steps, and all the rows."""
     folder = config.folder / "dense"
     note(f"evaluate.compare dense: training the plain LoRA run, {steps} steps")
-    same_steps = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
-    trainer = train(same_steps, prepared, tokenizer, data, None, folder / TRAIN, resume=resume)
+    everything = config.data.model_copy(update={"samples": SampleConfig(), "tokens": TokenConfig()})
+    same_steps = config.train.model_copy(update={"max_steps": steps})
+    plain = config.model_copy(update={"train": same_steps, "data": everything})
+    trainer = train(plain, prepared, tokenizer, data, None, folder / TRAIN, resume=resume)
     trainer.export(folder / "model", dtype=config.export.dtype, verify=False, replace=True)
     trainer.end()
     return folder / "model"
@@ -191,16 +192,24 @@ def _dense(
 
 def _evaluate(config: RunConfig, folders: dict[str, Path], data: DataBundle) -> list[EvalResult]:
     rows = data.validation.select(range(min(config.evaluate.rows, len(data.validation))))
-    settings = EvalSettings(
+    settings = eval_settings(config)
+    results = compare(folders, rows, data.general_text, speed=config.evaluate.speed, settings=settings)
+    save_evaluation(config.folder / "evaluation.json", results, settings)
+    return results
+
+
+def eval_settings(config: RunConfig) -> EvalSettings:
+    """How a run's models are measured."""
+    return EvalSettings(
         max_length=config.train.max_length,
         batch_size=config.train.batch_size,
         completion_only=config.train.completion_only,
         assistant_only=config.train.assistant_only,
         general_tokens=config.evaluate.general_tokens,
+        answer=config.evaluate.answer,
+        answer_rows=config.evaluate.answer_rows,
+        answer_tokens=config.evaluate.answer_tokens,
     )
-    results = compare(folders, rows, data.general_text, speed=config.evaluate.speed, settings=settings)
-    save_evaluation(config.folder / "evaluation.json", results, settings)
-    return results
 
 
 def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: Done) -> dict[str, Any]:

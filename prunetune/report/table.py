@@ -29,6 +29,10 @@ def _decimal(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
 
 
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
 def _rate(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
@@ -36,6 +40,7 @@ def _rate(value: float) -> str:
 LINES = (
     Line("Domain perplexity ↓", "domain_ppl", _decimal, "quality"),
     Line("General perplexity ↓", "general_ppl", _decimal, "quality"),
+    Line("Exact answers ↑", "exact_match", _percent, "quality"),
     Line("Parameters ↓", "params_total", format_count, "size"),
     Line("  in the decoder ↓", "params_decoder", format_count, "size"),
     Line("Weights on disk ↓", "weight_bytes", format_bytes, "size"),

@@ -1,0 +1,106 @@
+"""One cell of a comparison, in this process: prune or train as its recipe says, then measure."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from typing import Any
+
+import torch
+
+from prunetune.config.comparison import BASE, DENSE, JOINT, ONE_SHOT, Cell
+from prunetune.config.presets import total_steps
+from prunetune.core.records import DataBundle, PreparedModel
+from prunetune.data.load import load_bundle
+from prunetune.evaluate.harness import quality
+from prunetune.model.architecture import describe
+from prunetune.model.budget import decoder_params, full_shape, total_params
+from prunetune.model.resolve import resolve_model
+from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer
+from prunetune.pipeline.quiet import quiet_libraries
+from prunetune.pipeline.run import eval_settings, train
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Runs one cell and measures what came out; a cell that was stopped goes on from its last checkpoint.
+
+    Returns:
+        label, kind, kept (asked for), seed, steps, kept_decoder and params_total (reached), domain_ppl, general_ppl
+        and the other numbers of ``quality``, seconds (of pruning and training), peak_bytes (of this process, or
+        of the GPU).
+    """
+    quiet_libraries()
+    config = cell.config
+    dense = resolve_model(config.model.name, config.model.revision)
+    tokenizer = load_tokenizer(dense)
+    data = load_bundle(
+        config.data,
+        tokenizer=tokenizer,
+        max_length=config.train.max_length,
+        seed=config.seed,
+        completion_only=config.train.completion_only,
+    )
+    config.folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    model, steps = _model(cell, dense, tokenizer, data)
+    seconds = time.perf_counter() - began
+    rows = list(data.validation.select(range(min(config.evaluate.rows, len(data.validation)))))
+    numbers = quality(cell.label, model, tokenizer, rows, data.general_text, eval_settings(config))
+    arch, whole = describe(model.config), describe(dense.config)
+    kept = decoder_params(arch, full_shape(arch)) / decoder_params(whole, full_shape(whole))
+    return {
+        "id": cell.id,
+        "label": cell.label,
+        "kind": cell.kind,
+        "kept": cell.kept,
+        "seed": cell.seed,
+        "steps": steps,
+        "kept_decoder": kept,
+        "params_total": total_params(arch, full_shape(arch)),
+        "seconds": seconds,
+        "peak_bytes": _peak_bytes(),
+        "fingerprint": cell.fingerprint(),
+        **numbers,
+    }
+
+
+def _model(cell: Cell, dense: PreparedModel, tokenizer: Any, data: DataBundle) -> tuple[Any, int]:
+    """(the trained model, adapters attached; optimizer steps)."""
+    config = cell.config
+    if cell.kind == BASE:
+        return load_base(dense, "float32"), 0
+    start, prune = dense, None
+    if cell.kind == JOINT:
+        prune = config.prune()
+    elif cell.kind == ONE_SHOT:
+        start = _pruned(cell, dense)
+    else:
+        assert cell.kind == DENSE
+    trainer = train(config, start, tokenizer, data, prune, config.folder / TRAIN, resume=True)
+    trainer.end()
+    return trainer.model, total_steps(config.train, len(data.train), 1)
+
+
+def _pruned(cell: Cell, dense: PreparedModel) -> PreparedModel:
+    """The base, pruned in one shot on the training rows."""
+    from prunetune.pipeline.prune_run import prune_once
+
+    folder = cell.config.folder / "pruned"
+    if not folder.exists():
+        prune_once(cell, dense, folder)
+    return resolve_model(str(folder))
+
+
+def drop_weights(cell: Cell) -> None:
+    """Deletes what a finished cell no longer needs: checkpoints and pruned bases of dozens of cells fill a disk."""
+    for name in (TRAIN, "pruned"):
+        shutil.rmtree(cell.config.folder / name, ignore_errors=True)
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
