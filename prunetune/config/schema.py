@@ -188,7 +188,8 @@ class DeltaConfig(MethodSection):
     method: str = Field("identity", description="prunes what was learnt at the export; see `prunetune list deltas`")
     drop: Fraction | None = Field(None, description="share of it that is dropped; default: the method's own")
     regularize: Literal["none", "l2", "l1"] = Field(
-        "none", description="pulls the change of every weight toward 0: l2 for random dropping, l1 for keeping the largest"
+        "none",
+        description="pulls the change of every weight toward 0: l2 for random dropping, l1 for keeping the largest",
     )
     strength: float = Field(1e-3, ge=0, description="of regularize, relative to the optimizer's own steps")
     train_drop: Fraction = Field(
