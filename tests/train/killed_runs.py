@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 from prunetune.core import files
-from prunetune.train import checkpoint, compat, freeze, guarded, trainer
+from prunetune.train import checkpoint, compat, freeze, freezing, guarded, trainer
 from prunetune.train.callbacks import MetricsFile
 from tests.train.joint_runs import joint_trainer, prune_config, rows
 
@@ -88,7 +88,7 @@ def arm(kill: str) -> None:
     elif kill == "rename of the freeze":
         files.os = Renamer()  # type: ignore[assignment]
     elif kill == "after the freeze":
-        trainer.load_updates = die
+        freezing.load_updates = die
     elif kill == "metrics line":
         MetricsFile.on_log = nth(8, half_a_line, MetricsFile.on_log)  # type: ignore[method-assign]
     else:

@@ -1,0 +1,201 @@
+"""FreezingTrainer: what is pruned, and the cut: a plan is decided, the checkpoint and the live model are sliced.
+
+The files of a freeze are in freeze.py; when it is due, and what comes before and after it, in trainer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetune.config.schema import PruneConfig
+from prunetune.core.console import note
+from prunetune.core.errors import ConfigError, PlanMismatchError, Problem
+from prunetune.methods.compensation import build_compensation
+from prunetune.methods.masks import check_mask
+from prunetune.model.architecture import Architecture, describe
+from prunetune.model.budget import Shape, describe_kept, full_shape, plan_shape, total_params
+from prunetune.model.gates import GateSet
+from prunetune.model.plan import Plan
+from prunetune.model.planner import Planner
+from prunetune.model.statistics import SecondMoments
+from prunetune.model.surgery import Surgery, base_model, slice_model
+from prunetune.train import compat
+from prunetune.train.calibration import calibration_batches, collect_moments
+from prunetune.train.checkpoint import global_step, read_marker
+from prunetune.train.freeze import (
+    adopt_freeze,
+    apply_updates,
+    compensated_weights,
+    load_updates,
+    write_freeze,
+)
+from prunetune.train.joint import JointSearch, hard_gates
+from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
+from prunetune.train.selecting import SelectingTrainer
+
+
+class FreezingTrainer(SelectingTrainer):
+    """SelectingTrainer with a model that can be cut down to its target, once.
+
+    Args:
+        model: as in SFTTrainer; a dense model of a supported family.
+        args: ``trl.SFTConfig``.
+        prune: the joint settings; without them this is plain SFTTrainer.
+        dtype: dtype of the export, for budgets in bytes.
+        evaluate_at_freeze: validate right before and right after the cut.
+        **kwargs: as in SelectingTrainer.
+
+    Raises:
+        ConfigError: settings that cannot be combined with joint pruning, all at once.
+        BudgetError: the target cannot be met by any legal shape.
+        UnsupportedModelError: the architecture has no unit table.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        *,
+        prune: PruneConfig | None = None,
+        dtype: str = "bfloat16",
+        evaluate_at_freeze: bool = False,
+        **kwargs: Any,
+    ):
+        optimizer = (kwargs.get("optimizers") or (None, None))[0]
+        super().__init__(model, args, **kwargs)
+        self.prune = prune
+        self.plan: Plan | None = None
+        self._search: JointSearch | None = None
+        self._evaluate_at_freeze = evaluate_at_freeze
+        if prune is None:
+            return
+        self.dense: Architecture = describe(base_model(self.model).config)
+        self._refuse(optimizer)
+        self.planner = Planner(self.dense, prune.target, dtype)
+        self.compensation = build_compensation(prune.compensation.method, prune.compensation.options())
+        if self.compensation.tokens and not hasattr(self.train_dataset, "__len__"):
+            why = "calibration rows are drawn by lot, which streamed rows do not allow; load them, or set none"
+            raise ConfigError([Problem(why, "compensation.method")])
+
+    def _refuse(self, optimizer: Any) -> None:
+        assert self.prune is not None
+        problems = compat.refusals(self, optimizer)
+        linears = {module.rpartition(".")[2] for module in self.dense.family.modules.values()}
+        problems += compat.adapter_refusals(self.model, linears)
+        problems += check_mask(self.prune.mask.method, self.prune.mask.options())
+        compat.raise_if_any(problems)
+
+    @property
+    def shape(self) -> Shape:
+        """The model's uniform widths now."""
+        return full_shape(self.dense) if self.plan is None else plan_shape(self.dense, self.plan)
+
+    def _adopt(self, checkpoint: Path) -> None:
+        """Brings the live model into the shape that a checkpoint has."""
+        marker = read_marker(checkpoint) or {}
+        if not marker.get("frozen"):
+            if self.plan is not None:
+                raise PlanMismatchError(
+                    f"{checkpoint} is from before the freeze, but this model is sliced already; make a new trainer "
+                    "with the dense model to go back to it"
+                )
+            return
+        if self.plan is None and not self.freeze_dir.is_dir():
+            raise PlanMismatchError(
+                f"the checkpoint is from after the freeze, but {self.freeze_dir} is missing; resume from a checkpoint "
+                "from before it, or restore the folder"
+            )
+        if self.plan is None:
+            self.plan = adopt_freeze(self.model, self.freeze_dir)
+        if marker["plan"] != self.plan.digest():
+            raise PlanMismatchError(
+                f"{checkpoint} follows another plan than the one in {self.freeze_dir}; the folder holds more than one "
+                "run. Resume from a checkpoint of the run that made the freeze, or from one before it"
+            )
+
+    def _freeze(self, checkpoint: Path) -> None:
+        """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""
+        assert self._search is not None
+        step, scores = global_step(checkpoint), self._search.mask.scores()
+        plan = self._search.decide(step)
+        self._require_same_plan(plan)
+        names = self.optimizer_names()
+        self._validate("eval_before_cut")
+        surgery, updates = self.cut(plan)
+        if self.accelerator.is_main_process:
+            write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates, names)
+        self.accelerator.wait_for_everyone()
+        apply_updates(self.model, surgery, load_updates(self.freeze_dir))
+        self._validate("eval_after_cut")
+        note(f"step {step}: frozen and sliced to {self.shape}; kept {describe_kept(self.dense, self.shape)}")
+        # Whatever holds the dense parameters goes; the next leg makes its own from the sliced checkpoint.
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+
+    def cut(self, plan: Plan) -> tuple[Surgery, dict[str, Tensor]]:
+        """Slices the live model as the plan says, checks that nothing changed, and ends the search.
+
+        Returns:
+            The surgery, and the compensated base weights that ``apply_updates`` would put in.
+        """
+        self._end_search()
+        gates = GateSet(base_model(self.model), self.planner.sites)
+        gates.attach()
+        gates.set(hard_gates(self.planner, plan))
+        self.model.eval()
+        surgery = Surgery(self.dense, plan)
+        updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
+        exact = total_params(self.dense, full_shape(self.dense)) <= EXACT_LIMIT_PARAMETERS
+        masked = probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=exact)
+        gates.detach()
+        slice_model(self.model, plan)
+        sliced = probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=exact)
+        require_equal(masked, sliced, self.model, exact=exact)
+        self.plan = plan
+        return surgery, updates
+
+    def cut_from_scores(self, scores: Mapping[str, Tensor]) -> Plan:
+        """Slices the live dense model to this trainer's target by the scores of an earlier search.
+
+        Args:
+            scores: site -> (U,), as a freeze folder has them.
+
+        Returns:
+            The plan; there is no recover phase behind it unless the model is trained on.
+        """
+        plan = self.planner.plan(scores, origin={"method": "scores of an earlier search"})
+        surgery, updates = self.cut(plan)
+        apply_updates(self.model, surgery, updates)
+        return plan
+
+    def _end_search(self) -> None:
+        if self._search is not None:
+            self._search.gate_set.detach()
+            self._search = None
+
+    def _collect(self, moments: SecondMoments) -> None:
+        seed = self.prune.seed if self.prune else 0
+        batches = calibration_batches(self, self.compensation.tokens, seed)
+        collect_moments(self, moments, batches)
+
+    def _validate(self, prefix: str) -> None:
+        if self._evaluate_at_freeze and self.eval_dataset is not None:
+            if self._search is not None:
+                self._search.use_eval_gates(self.state.global_step)
+            super().evaluate(metric_key_prefix=prefix)
+
+    def _require_same_plan(self, plan: Plan) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        number = int(plan.digest()[:12], 16)
+        mine = torch.tensor([number], dtype=torch.int64, device=self.args.device)
+        if len(set(self.accelerator.gather(mine).tolist())) != 1:
+            raise PlanMismatchError(
+                "the processes decided on different plans, so their gate scores differ; check that all of them run the "
+                "same versions on the same data"
+            )
