@@ -34,6 +34,7 @@ from prunetune.data.scoring import row_id, score
 from prunetune.data.selection import select
 from prunetune.data.sources import read, training_rows
 from prunetune.data.store import StoredScores
+from prunetune.evaluate.exact_match import exact_match
 from prunetune.evaluate.perplexity import domain_perplexity
 from prunetune.methods.samples import SAMPLES
 from prunetune.model.resolve import resolve_model
@@ -92,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--equal", choices=("steps", "tokens"), default="steps")
     parser.add_argument("--validation-rows", type=int, default=80)
+    parser.add_argument("--answer", help="regular expression of final answers: exact matches are measured too")
     return parser.parse_args()
 
 
@@ -222,7 +224,11 @@ def train(
         seconds = time.perf_counter() - start
         found = domain_perplexity(trainer.model, tokenizer, data.validation, options.length, options.batch)
         tokens = trainer._total_train_tokens
-    return {
+        exact = {}
+        if options.answer:
+            right = exact_match(trainer.model, tokenizer, data.validation, options.answer, 256, options.batch)
+            exact = {"exact_match": round(right, 4)}
+    return exact | {
         "rows": len(rows),
         "optimizer_steps": steps,
         "tokens_seen": int(tokens),
