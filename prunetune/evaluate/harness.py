@@ -82,19 +82,6 @@ class EvalSettings:
         return EvalSettings(**(asdict(self) | {"device": device, "dtype": dtype}))
 
 
-def evaluate_folder(
-    folder: Path,
-    rows: Iterable[Mapping[str, Any]],
-    general_text: str = "",
-    *,
-    label: str = "model",
-    speed: bool = True,
-    settings: EvalSettings | None = None,
-) -> EvalResult:
-    """Measures one model folder; see ``compare``."""
-    return compare({label: Path(folder)}, rows, general_text, speed=speed, settings=settings)[0]
-
-
 def compare(
     folders: Mapping[str, Path],
     rows: Iterable[Mapping[str, Any]],

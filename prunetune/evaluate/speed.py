@@ -45,11 +45,6 @@ class Speed:
     ratios: dict[str, Spread]
 
 
-def measure_speed(model: Any, **settings: Any) -> Speed:
-    """Speed of one model; see ``compare_speed`` for the settings."""
-    return compare_speed({"model": model}, **settings)["model"]
-
-
 def compare_speed(
     models: Mapping[str, Any],
     *,

@@ -12,7 +12,7 @@ import yaml
 
 from prunetune.config.schema import RunConfig
 from prunetune.core.errors import ConfigError, Problem
-from prunetune.core.files import read_json, write_json, write_text
+from prunetune.core.files import write_json, write_text
 
 RESOLVED = "resolved.yaml"
 VERSIONS = "versions.json"
@@ -104,9 +104,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def read_versions(folder: Path) -> dict[str, str]:
-    """The versions that a run was made with."""
-    recorded: dict[str, str] = read_json(folder / VERSIONS)
-    return recorded

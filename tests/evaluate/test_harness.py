@@ -9,7 +9,7 @@ import pytest
 from prunetune.core.errors import DataError
 from prunetune.evaluate import device as device_module
 from prunetune.evaluate.device import cpu_has_bf16, default_dtype
-from prunetune.evaluate.harness import EvalSettings, compare, evaluate_folder, save_evaluation
+from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
 from prunetune.evaluate.perplexity import domain_perplexity, text_perplexity
 
 SETTINGS = EvalSettings(
@@ -78,7 +78,7 @@ def test_speed_memory_and_ratios_are_there(results):
 
 
 def test_one_folder_without_speed_or_prose(folders):
-    result = evaluate_folder(folders["compact"], ROWS, label="small", speed=False, settings=SETTINGS)
+    (result,) = compare({"small": folders["compact"]}, ROWS, speed=False, settings=SETTINGS)
     assert result.label == "small"
     assert result.folder == folders["compact"]
     assert {"domain_ppl", "params_total"} <= set(result.numbers)

@@ -8,7 +8,7 @@ import torch
 from prunetune.core.errors import PrunetuneError
 from prunetune.evaluate import speed
 from prunetune.evaluate.memory import peak_memory, peak_resident_bytes
-from prunetune.evaluate.speed import METRICS, Spread, compare_speed, measure_speed
+from prunetune.evaluate.speed import METRICS, Spread, compare_speed
 
 
 class Counting(torch.nn.Module):
@@ -56,7 +56,7 @@ def test_ratios_are_formed_within_a_turn(monkeypatch, make_model):
 
 
 def test_single_model_gets_every_metric(make_model):
-    found = measure_speed(make_model(), prompt_tokens=8, new_tokens=2, repeats=2)
+    found = compare_speed({"model": make_model()}, prompt_tokens=8, new_tokens=2, repeats=2)["model"]
     assert set(found.tokens_per_second) == set(METRICS)
     for spread in found.tokens_per_second.values():
         assert 0 < spread.low <= spread.median <= spread.high

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunetune.config.schema import RunConfig
 from prunetune.core.errors import BudgetError, ConfigError, DataError, ExportError
+from prunetune.core.files import read_json
 from prunetune.model.architecture import describe
 from prunetune.model.budget import kept_fractions, plan_shape
 from prunetune.model.plan import Plan
 from prunetune.pipeline import run as pipeline
 from prunetune.pipeline.export_run import export_run
-from prunetune.pipeline.folder import PACKAGES, read_config, read_versions
+from prunetune.pipeline.folder import PACKAGES, VERSIONS, read_config
 from prunetune.pipeline.loading import load_trained
 from prunetune.pipeline.run import RunReport, run
 from prunetune.train.callbacks import Interruption
@@ -79,7 +80,7 @@ def test_run_folder_holds_everything(done: RunReport) -> None:
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, STEPS + 1))
     assert all({"kept_fraction", "learning_rate", "grad_norm"} <= e.keys() for e in entries if "loss" in e)
     assert {"eval_before_cut_loss", "eval_after_cut_loss"} <= {key for entry in entries for key in entry}
-    assert set(PACKAGES) <= read_versions(folder).keys()
+    assert set(PACKAGES) <= read_json(folder / VERSIONS).keys()
 
 
 def test_recorded_configuration_is_the_one_that_ran(done: RunReport, root: Path) -> None:
