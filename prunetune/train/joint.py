@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunetune.config.presets import PhaseSteps
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import warn
-from prunetune.methods.masks import MASKS, MaskContext, build_mask, unit_params
+from prunetune.methods.masks import MaskContext, build_mask, unit_params
 from prunetune.model.gates import GateSet, GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
@@ -34,14 +34,14 @@ class JointSearch:
     ):
         self.planner, self.phases, self._prune = planner, phases, prune
         self.mask = build_mask(prune.mask.method, prune.mask.options(), MaskContext(planner, phases, prune.seed))
-        kind = MASKS.get(prune.mask.method)
-        if phases.search < kind.least_search:
+        least = self.mask.least_search
+        if phases.search < least:
             warn(
-                f"mask.method {prune.mask.method} needs some {kind.least_search} search steps for its gates to settle, "
-                f"and this run has {phases.search}: set train.max_steps or phases.search higher, or mask: saliency"
+                f"mask.method {prune.mask.method} needs some {least} search steps for its gates to settle, and this "
+                f"run has {phases.search}: set train.max_steps or phases.search higher, or mask: saliency"
             )
         self.gate_set = GateSet(
-            base_model(model), planner.sites, record_squares=kind.record_squares, recompute=recompute
+            base_model(model), planner.sites, record_squares=self.mask.record_squares, recompute=recompute
         )
         self.gate_set.attach()
 

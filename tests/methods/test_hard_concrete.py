@@ -18,7 +18,8 @@ def train(mask, gradient, first=0, last=PHASES.freeze):
     history = []
     for step in range(first, last):
         mask.gates(step)
-        mask.after_backward(step, GateStatistics(gradient(mask), {}))
+        grad = gradient(mask)
+        mask.after_backward(step, GateStatistics(grad, {name: value.square() for name, value in grad.items()}))
         if step >= mask.context.phases.warmup_end:
             history.append((step, float(mask.expected_kept()), mask.target_kept(step)))
     return history
@@ -73,7 +74,9 @@ def test_the_gradient_reaches_the_logits_through_the_sample_of_that_step():
     before = {name: t.clone() for name, t in mask.state_dict().items()}
     gates = mask.gates(0)
     sign = {site.name: torch.where(torch.arange(site.size) % 2 == 0, 1.0, -1.0) for site in mask.sites}
-    shift = mask.after_backward(0, GateStatistics(sign, {}))["mask_multiplier"]
+    shift = mask.after_backward(0, GateStatistics(sign, {name: t.square() for name, t in sign.items()}))[
+        "mask_multiplier"
+    ]
     for site in mask.sites:
         moved = mask.state_dict()[f"logit.{site.name}"] - before[f"logit.{site.name}"] + shift
         inside = (gates[site.name] > 0) & (gates[site.name] < 1)
@@ -125,3 +128,96 @@ def test_learnt_multipliers_resume_to_the_bit():
     after = resumed.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in whole.state_dict().items())
     assert not torch.equal(after["multipliers"], state["multipliers"])
+
+
+def logits_of(mask):
+    return {key.removeprefix("logit."): value for key, value in mask.state_dict().items() if key.startswith("logit.")}
+
+
+def test_logits_start_at_the_log_of_the_warm_ups_saliency_over_the_boundary():
+    """By hand: width 4 of 8 would stay; the boundary is the geometric mean of the 4th and the 5th score."""
+    of = context(("mlp_channels",), PhaseSteps(2, 50, 60), kept="50%")
+    mask = build_mask("hard_concrete", {"contrast": 3.0}, of)
+    [shape] = of.planner.candidates
+    squares = {site.name: torch.linspace(0.1, 6.4, site.size).flip(0) for site in mask.sites}
+    for step in range(2):
+        mask.after_backward(step, GateStatistics({name: torch.zeros(64) for name in squares}, squares))
+    score = squares["layers.1.mlp_channels"].double() * 2
+    boundary = (score[shape.mlp_channels - 1] * score[shape.mlp_channels]).sqrt()
+    logits = logits_of(mask)["layers.1.mlp_channels"].double()
+    expected = 3.0 * (score / boundary).log()
+    torch.testing.assert_close(logits - logits[0], expected - expected[0], rtol=1e-4, atol=1e-4)
+    assert float(mask.expected_kept()) == pytest.approx(mask.target_kept(1), abs=1e-5), "lifted: all but open at first"
+
+
+def test_saliency_start_leaves_few_gates_half_open_and_equal_start_all_of_them():
+    half_open = {}
+    for start in ("saliency", "equal"):
+        mask = build_mask(
+            "hard_concrete", {"start": start}, context(("mlp_channels",), PhaseSteps(5, 35, 60), kept="70%")
+        )
+        generator = torch.Generator().manual_seed(0)
+        importance = {site.name: torch.randn(site.size, generator=generator).exp() for site in mask.sites}
+        train(mask, lambda mask, importance=importance: importance, 0, 5)
+        train(mask, lambda mask: {site.name: torch.zeros(site.size) for site in mask.sites}, 5, 34)
+        gates = torch.cat(list(mask.gates(34).values()))
+        half_open[start] = float(((gates > 0.1) & (gates < 0.9)).float().mean())
+    assert half_open["equal"] > 0.2
+    assert half_open["saliency"] < half_open["equal"] / 2
+
+
+def test_equal_start_takes_nothing_from_the_warm_up():
+    mask = build_mask("hard_concrete", {"start": "equal"}, context(phases=PHASES))
+    train(mask, noise, 0, PHASES.warmup_end)
+    assert all((logit == 2.5).all() for logit in logits_of(mask).values())
+    assert mask.least_search == 300
+    assert build_mask("hard_concrete", {}, context(phases=PHASES)).least_search == 0
+
+
+def test_units_that_no_loss_told_apart_start_equal():
+    mask = build_mask("hard_concrete", {}, context(phases=PHASES))
+    zeros = {site.name: torch.zeros(site.size) for site in mask.sites}
+    for step in range(PHASES.warmup_end):
+        mask.after_backward(step, GateStatistics(zeros, zeros))
+    assert all(torch.equal(logit, logit[:1].expand_as(logit)) for logit in logits_of(mask).values())
+
+
+def test_scores_tell_units_apart_whose_probabilities_are_equal_in_float32():
+    mask = build_mask("hard_concrete", {}, context(("mlp_channels",), PHASES))
+    state = mask.state_dict()
+    for name in logits_of(mask):
+        state[f"logit.{name}"] = torch.linspace(20.0, 30.0, 64)
+    mask.load_state_dict(state)
+    assert len(torch.sigmoid(torch.linspace(20.0, 30.0, 64)).unique()) < 64
+    assert all((score.diff() > 0).all() for score in mask.scores().values())
+
+
+def gated_regression(mask, step, rows=64):
+    """Loss and gate statistics of y = sum_u g_u w_u x_u against the open sum; unit u matters as w_u^2 does."""
+    generator = torch.Generator().manual_seed(step)
+    gates = {name: gate.clone().requires_grad_() for name, gate in mask.gates(step).items()}
+    weights = {
+        name: 1.5 ** -torch.arange(len(gate)).float().roll(7 * at) for at, (name, gate) in enumerate(gates.items())
+    }
+    inputs = {name: torch.randn(rows, len(gate), generator=generator) for name, gate in gates.items()}
+    error_T = sum((inputs[name] * weights[name] * (gate - 1)).sum(-1) for name, gate in gates.items())
+    error_T = error_T + torch.randn(rows, generator=generator)
+    per_token = {name: 2 * error_T[:, None] * inputs[name] * weights[name] / rows for name in gates}
+    statistics = GateStatistics(
+        {name: value.sum(0).detach() for name, value in per_token.items()},
+        {name: value.square().sum(0).detach() for name, value in per_token.items()},
+    )
+    return float(error_T.detach().square().mean()), statistics
+
+
+def test_in_a_short_search_the_saliency_start_loses_far_less_than_the_published_one():
+    lost = {}
+    for start in ("saliency", "equal"):
+        mask = build_mask("hard_concrete", {"start": start}, context(("mlp_channels",), PhaseSteps(8, 40, 80)))
+        losses = []
+        for step in range(40):
+            loss, statistics = gated_regression(mask, step)
+            losses.append(loss)
+            mask.after_backward(step, statistics)
+        lost[start] = sum(losses[24:]) / 16 - 1.0  # of which 1 is noise that no gate can explain
+    assert lost["saliency"] < 0.25 * lost["equal"]

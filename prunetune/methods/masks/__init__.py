@@ -44,7 +44,7 @@ class Mask(ABC):
     paper: ClassVar[str] = ""
     record_squares: ClassVar[bool] = False
     # Search steps that it needs to be worth anything; with fewer a run warns.
-    least_search: ClassVar[int] = 0
+    least_search: int = 0
 
     def __init__(self, context: MaskContext, options: MethodOptions):
         self.context = context

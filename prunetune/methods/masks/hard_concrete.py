@@ -13,15 +13,17 @@ from torch import Tensor
 from prunetune.core.streams import stream
 from prunetune.methods.masks import MASKS, Mask, MaskContext, finite, unit_params
 from prunetune.methods.options import MethodOptions
-from prunetune.model.budget import decoder_params, full_shape
+from prunetune.model.budget import decoder_params, full_shape, plan_shape
 from prunetune.model.gates import GateStatistics
 
 # Stretch limits and temperature of Louizos et al. (arXiv 1712.01312).
 LOW, HIGH, BETA = -0.1, 1.1, 2.0 / 3.0
 # P(z > 0) = sigmoid(logit - SHIFT).
 SHIFT = BETA * math.log(-LOW / HIGH)
-# The common shift is looked for between these, to 2 * 50 / 2^40 = 1e-10.
-WIDEST, BISECTIONS = 50.0, 40
+# The common shift is looked for between these, to 2 * 100 / 2^40 = 2e-10.
+WIDEST, BISECTIONS = 100.0, 40
+# No unit starts further than this from its site's threshold, so that all can still be reached.
+FARTHEST = 20.0
 
 
 class HardConcreteOptions(MethodOptions):
@@ -31,7 +33,11 @@ class HardConcreteOptions(MethodOptions):
     multiplier: Literal["solved", "learnt"] = Field("solved", description="how the budget is held")
     multiplier_rate: float = Field(2.0, gt=0, description="ascent of learnt multipliers")
     ramp_share: float = Field(0.6, gt=0, le=1, description="the budget is reached after this share of the search")
-    init: float = Field(2.5, description="first logit; 2.5 keeps a gate open with probability 0.98")
+    start: Literal["saliency", "equal"] = Field(
+        "saliency", description="first logits: from the warm-up's gradients, or all equal as published"
+    )
+    contrast: float = Field(4.0, gt=0, description="a unit with e times the saliency starts so much higher")
+    init: float = Field(2.5, description="mean first logit; 2.5 keeps a gate open with probability 0.98")
     noise: bool = Field(True, description="sample gates while training; off: expected gates")
 
 
@@ -45,16 +51,26 @@ class HardConcreteMask(Mask):
     takes thousands of steps to settle. ``solved`` takes, after each step, one number from all logits, so that the
     expected size is the budget's exactly: the multiplier of the constraint, solved for. (A common shift of logits is
     the nearest point inside the budget in the KL divergence weighted by parameters.)
+
+    Published logits start equal: on the way to the budget every gate of the model is then sampled half open, and the
+    loss is that of noise until thousands of steps have spread them. ``start: saliency`` spreads them beforehand: the
+    warm-up's running second moment of the gate gradients (see the mask ``saliency``) ranks units, a logit begins at
+    ``contrast`` times the log of its unit's saliency over that of the site's boundary, and only units near a boundary
+    are left to chance and to learning. Without warm-up steps there is nothing to begin with, and logits start equal.
     """
 
     Options = HardConcreteOptions
     paper = "arXiv 1712.01312, 2310.06694"
-    # Until the logits have spread, gates are sampled half open all over the model and its loss is that of noise.
-    least_search = 300
+    record_squares = True
 
     def __init__(self, context: MaskContext, options: HardConcreteOptions):
         super().__init__(context, options)
         self.options = options
+        # Until equal logits have spread, gates are sampled half open all over the model and its loss is that of noise.
+        equal = options.start == "equal" or context.phases.warmup == 0
+        self.least_search = 300 if equal else 0
+        self._seen = {site.name: torch.zeros(site.size) for site in self.sites}
+        self._started = torch.tensor(equal)
         self._logits = {site.name: torch.full((site.size,), options.init).requires_grad_() for site in self.sites}
         self._multipliers = torch.zeros(2, requires_grad=True)
         self._adam = torch.optim.Adam(list(self._logits.values()), lr=options.learning_rate, betas=(0.9, 0.99))
@@ -116,7 +132,12 @@ class HardConcreteMask(Mask):
         return self._multipliers[0] * gap + self._multipliers[1] * gap.square()
 
     def after_backward(self, step: int, statistics: GateStatistics) -> dict[str, float]:
-        if step < self.context.phases.warmup_end or not finite(statistics):
+        searching = step >= self.context.phases.warmup_end
+        if finite(statistics) and not self._started:
+            self._seen = {name: seen + statistics.square[name].cpu() for name, seen in self._seen.items()}
+            if step + 1 >= self.context.phases.warmup_end:
+                self._start()
+        if not searching or not finite(statistics):
             return {"mask_expected_kept": float(self.expected_kept().detach())}
         self._adam.zero_grad()
         # The model's gradient reaches the logits through the same sample that the forward used.
@@ -128,6 +149,24 @@ class HardConcreteMask(Mask):
             self._adam.step()
             multiplier = self._hold(self.target_kept(step))
         return {"mask_expected_kept": float(self.expected_kept().detach()), "mask_multiplier": multiplier}
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Spreads the logits by what the warm-up saw, and lifts them until as much is open as with equal ones."""
+        arch, planner = self.context.planner.arch, self.context.planner
+        shape = plan_shape(arch, planner.plan(self._seen))
+        widths = {
+            "mlp_channels": shape.mlp_channels,
+            "kv_groups": shape.kv_groups,
+            "query_heads": shape.queries_per_group * arch.kv_groups,
+            "layers": shape.layers,
+        }
+        for site in self.sites:
+            above = _log_over_boundary(self._seen[site.name].double(), widths[site.kind])
+            logit = (self.options.contrast * above).clamp(-FARTHEST, FARTHEST)
+            self._logits[site.name].copy_(logit)
+        self._hold(self._first_kept)
+        self._started.fill_(True)
 
     def _ascend(self, step: int) -> float:
         """One step down for the logits and up for the multipliers; returns the first multiplier."""
@@ -156,8 +195,9 @@ class HardConcreteMask(Mask):
         return high
 
     def scores(self) -> dict[str, Tensor]:
-        # Probability times parameters: the expected parameters that stay, one unit of measure over all kinds.
-        return {name: (self._costs[name] * p).detach() for name, p in self._open_probability().items()}
+        # Parameters times -log P(closed). Probabilities near 1 are equal in float32, and their order would be lost.
+        closed = torch.nn.functional.softplus
+        return {name: (self._costs[name] * closed(t - SHIFT)).detach() for name, t in self._logits.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         # Clones, because Adam changes these tensors in place.
@@ -165,15 +205,30 @@ class HardConcreteMask(Mask):
         for name, logit in self._logits.items():
             for key, value in self._adam.state[logit].items():
                 state[f"adam.{key}.{name}"] = value.clone()
-        return {**state, "multipliers": self._multipliers.detach().clone()}
+        state |= {f"seen.{name}": seen.clone() for name, seen in self._seen.items()}
+        return {**state, "multipliers": self._multipliers.detach().clone(), "started": self._started.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             self._multipliers.copy_(state["multipliers"])
+            self._started.copy_(state["started"])
+            self._seen = {name: state[f"seen.{name}"].clone() for name in self._seen}
             for name, logit in self._logits.items():
                 logit.copy_(state[f"logit.{name}"])
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]
                 self._adam.state[logit] = {key: state[f"adam.{key}.{name}"].clone() for key in keys}
+
+
+def _log_over_boundary(scores_U: Tensor, width: int) -> Tensor:
+    """(U,) log of each score over that between the best ``width`` and the others; 0 where nothing is known."""
+    mean = float(scores_U.mean())
+    if mean == 0.0:
+        return torch.zeros_like(scores_U)
+    log_U = scores_U.clamp(min=1e-6 * mean).log()
+    ranked = log_U.sort(descending=True).values
+    # Where all stay, the boundary is below the last: at half its score.
+    below = ranked[width] if width < len(ranked) else ranked[-1] - 2 * math.log(2)
+    return log_U - (ranked[width - 1] + below) / 2
 
 
 def _stretch(s: Tensor) -> Tensor:
