@@ -69,7 +69,8 @@ def test_runs_of_a_comparison_leave_results_and_reports_and_are_not_run_twice(
     by_id = {result["id"]: result for result in results}
     assert by_id["dense-s0"]["kept_decoder"] == 1.0
     pruned = by_id["joint-saliency-none-0.6-s0"]
-    assert 0.5 < pruned["kept_decoder"] <= 0.6 and pruned["steps"] == 3
+    assert 0.5 < pruned["kept_decoder"] <= 0.6
+    assert pruned["steps"] == 3
     assert pruned["params_total"] < by_id["dense-s0"]["params_total"]
     assert all(0 <= result["exact_match"] <= 1 and result["domain_ppl"] > 1 for result in results)
     folder = comparison_file.parent / "out"
