@@ -7,10 +7,10 @@ from typing import Any
 
 from prunetune.core.records import ExportedModel
 from prunetune.export.write import export_model
-from prunetune.train.trainer import JointTrainer
+from prunetune.train.delta_training import DeltaTrainer
 
 
-class PruneTuneTrainer(JointTrainer):
+class PruneTuneTrainer(DeltaTrainer):
     """``trl.SFTTrainer`` that fine-tunes and shrinks in the same run.
 
     It takes what SFTTrainer takes, plus ``prune=PruneConfig(...)`` and, to train on a part of every step's rows and
