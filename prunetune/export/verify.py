@@ -67,7 +67,7 @@ def verify_export(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.d
     """
     start = time.monotonic()
     device = _device(model)
-    prompts, texts = _prompts(model, tokenizer)
+    prompts, texts = prompts_for(model, tokenizer)
     merged = _merged_model(model, folder, device)
     with in_float32(model, dict(merged.named_buffers()), device):
         live = logits(undecorated(model), prompts, device)
@@ -77,7 +77,7 @@ def verify_export(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.d
     _require_equal_files(merged, folder, dtype)
     _round(merged, dtype)
     expected = live if dtype == torch.float32 else logits(merged, prompts, device)
-    answer = _fresh_process(model, folder, prompts, texts, expected, device)
+    answer = fresh_process(model, folder, prompts, texts, expected, device)
     judge.sequences = [prompt + more for prompt, more in zip(prompts, answer["continuations"])]
     judge.require("the reloaded model differs from the live one", answer["logit_difference"])
     judge.require("decoding without cache differs from decoding with it", answer["cache_difference"])
@@ -152,7 +152,7 @@ def _device(model: nn.Module) -> torch.device:
     return parameter.device if free > needed else torch.device("cpu")
 
 
-def _prompts(model: nn.Module, tokenizer: Any) -> tuple[list[list[int]], list[str]]:
+def prompts_for(model: nn.Module, tokenizer: Any) -> tuple[list[list[int]], list[str]]:
     """Token ids of different lengths, and the texts that the first of them came from."""
     config = base_model(model).config
     room = max(1, (getattr(config, "max_position_embeddings", None) or 4096) - NEW_TOKENS)
@@ -196,7 +196,7 @@ def _round(plain: nn.Module, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype).float())
 
 
-def _fresh_process(
+def fresh_process(
     model: nn.Module,
     folder: Path,
     prompts: list[list[int]],

@@ -77,35 +77,37 @@ def export_model(
     Example:
         >>> export_model(trainer.model, tokenizer, Path("compact"), dtype="bfloat16")    # doctest: +SKIP
     """
-    folder, kind = Path(folder), _dtype(dtype)
-    _refuse_existing(folder, replace)
+    folder, kind = Path(folder), weights_dtype(dtype)
+    refuse_existing(folder, replace)
     sources = untied_sources(model)
     config = export_config(model, kind)
     probe(config, {source.name: tuple(source.shape) for source in sources})
     needed = sum(math.prod(source.shape) for source in sources) * kind.itemsize
-    _require_space(folder, needed)
+    require_space(folder, needed)
     verification: dict[str, Any] = {}
-    with _writing(folder), new_folder(folder, replace=replace) as temporary:
+    with writing(folder), new_folder(folder, replace=replace) as temporary:
         ShardWriter(temporary, shard_size).write(merged_tensors(model, kind))
         _write_beside(model, tokenizer, config, temporary)
         if plan is not None:
             plan.save(temporary / PLAN_FILE)
         if verify:
             verification = verify_export(model, tokenizer, temporary, kind)
-        facts = _facts(temporary, config, kind, metadata, verification)
+        facts = export_facts(temporary, config, kind, metadata, verification)
         write_json(temporary / METADATA_FILE, facts)
     note(f"exported {format_bytes(needed)} of weights to {folder}")
     return ExportedModel(folder, verification)
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def weights_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype by name; raises ExportError for one that weights are not written in."""
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
         raise ExportError(f"export.dtype is {dtype}; weights are written as float32, bfloat16 or float16")
     return kind
 
 
-def _refuse_existing(folder: Path, replace: bool) -> None:
+def refuse_existing(folder: Path, replace: bool) -> None:
+    """Raises ExportError unless the folder is free, or an earlier export that may be replaced."""
     if not folder.exists():
         return
     if not replace:
@@ -116,7 +118,8 @@ def _refuse_existing(folder: Path, replace: bool) -> None:
         )
 
 
-def _require_space(folder: Path, needed_bytes: int) -> None:
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raises ExportError unless the disk has room for so many bytes of weights."""
     free, needed = free_bytes(folder), needed_bytes + _MARGIN_BYTES
     if free < needed:
         raise ExportError(
@@ -126,7 +129,7 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Turns what the disk says into an ExportError."""
     try:
         yield
@@ -215,13 +218,14 @@ def _save_generation(generation: Any, folder: Path) -> None:
         generation.save_pretrained(folder)
 
 
-def _facts(
+def export_facts(
     folder: Path,
     config: Any,
     dtype: torch.dtype,
     metadata: Mapping[str, Any] | None,
     verification: dict[str, Any],
 ) -> dict[str, Any]:
+    """What prunetune.json says about a written folder."""
     entries = ShardReader(folder).entries.values()
     packages = ("prunetune", "torch", "transformers", "peft", "safetensors")
     return {

@@ -76,6 +76,7 @@ class Planner:
         *,
         way: float = 1.0,
         aligned: bool = True,
+        shape: Shape | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> Plan:
         """The plan that loses the least score.
@@ -84,6 +85,7 @@ class Planner:
             scores: site -> (U,) finite scores, higher = keep.
             way: how far from the dense model (0) to the budget (1).
             aligned: false lets MLP widths be any number, for decisions on the way.
+            shape: one of ``candidates``, if that is decided already; only which units stay is left.
             origin: recorded in the plan.
 
         Returns:
@@ -93,6 +95,8 @@ class Planner:
             BudgetError: no shape meets the budget part of the way (cannot happen at way=1).
         """
         table = _Scores(self.arch, scores)
+        if shape is not None:
+            return self._cut(table, shape, origin or {})
         if aligned and way == 1.0:
             candidates = self.candidates
         else:
