@@ -43,7 +43,7 @@ def kind_of(layer: Any) -> str:
 
 def shape_of(layer: Any) -> torch.Size:
     """(O, I) of a linear's weight, however it is stored."""
-    if is_quantized(layer):
+    if is_quantized(layer) or isinstance(layer, FloatLinear):
         return torch.Size((layer.out_features, layer.in_features))
     shape: torch.Size = layer.weight.shape
     return shape
@@ -183,8 +183,7 @@ class FloatLinear(nn.Linear):
 
     def __init__(self, layer: Any, build: Callable[[], Tensor] | None = None, shape: torch.Size | None = None):
         nn.Module.__init__(self)
-        self.shape = shape or shape_of(layer)
-        self.out_features, self.in_features = self.shape
+        self.out_features, self.in_features = shape or shape_of(layer)
         # In a tuple, so that it is no submodule: its codes are no numbers that anybody may cast.
         self.replaced: tuple[Any] = (layer,)
         self.build = build or functools.partial(weight_of, layer)
@@ -209,7 +208,7 @@ def float_linears(model: nn.Module) -> dict[str, FloatLinear]:
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers that make up a model: its parameters, and the weights that FloatLinears stand for."""
-    standing = sum(linear.shape.numel() for linear in float_linears(model).values())
+    standing = sum(shape_of(linear).numel() for linear in float_linears(model).values())
     return standing + sum(parameter.numel() for parameter in model.parameters())
 
 

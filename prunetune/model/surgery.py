@@ -20,6 +20,7 @@ from prunetune.model.budget import plan_shape
 from prunetune.model.families import Columns, Rows, Writers
 from prunetune.model.legality import config_values
 from prunetune.model.plan import Plan
+from prunetune.model.quantized import FloatLinear, is_quantized, shape_of, weight_of
 from prunetune.model.units import span_features
 
 
@@ -87,6 +88,11 @@ class Surgery:
             return None
         return f"{name[: match.start(2)]}{layer}{name[match.end(2) :]}"
 
+    def sliced_path(self, path: str) -> str:
+        """The path of a linear that stays, in the sliced model."""
+        # A trailing dot, because renaming looks for a layer's number between dots.
+        return str(self.rename(f"{path}.")).rstrip(".")
+
     def slice_parameter(self, name: str, tensor: Tensor) -> Tensor | None:
         """One tensor under its dense name (PEFT names too), sliced; None if its layer leaves.
 
@@ -109,7 +115,7 @@ class Surgery:
                     rows = kept
                 elif isinstance(part, Columns):
                     columns = kept
-        full_rows, full_columns = self._full(role)
+        full_rows, full_columns = self.full_shape(role)
         return Cut(_unless_all(rows, full_rows), _unless_all(columns, full_columns))
 
     def _kept(self, layer: int, kind: str, part: Any) -> tuple[int, ...]:
@@ -119,7 +125,8 @@ class Surgery:
             return self.plan.kept_query_heads(self.arch, layer)
         return self.plan.kept_units(self.arch, layer, kind)
 
-    def _full(self, role: str) -> tuple[int, int]:
+    def full_shape(self, role: str) -> tuple[int, int]:
+        """(outputs, inputs) of a role's linear in the dense model."""
         arch = self.arch
         q, kv, d = arch.query_heads * arch.head_dim, arch.kv_groups * arch.head_dim, arch.hidden_size
         return {
@@ -154,10 +161,12 @@ def _unless_all(kept: Tensor | None, full: int) -> Tensor | None:
 def slice_model(model: nn.Module, plan: Plan) -> Architecture:
     """Slices a live dense model in place: weights, biases, adapters, widths, config.
 
-    Afterwards the model's parameters are new, smaller tensors: optimizers must be made anew.
+    Afterwards the model's parameters are new, smaller tensors: optimizers must be made anew. A linear that
+    bitsandbytes quantised cannot be cut through its blocks: a FloatLinear computes what is left of it, exactly, until
+    ``source.requantize`` replaces it.
 
     Args:
-        model: a transformers causal LM or a PeftModel of one, unsharded and in 16 or 32 bit.
+        model: a transformers causal LM or a PeftModel of one, unsharded.
         plan: what stays.
 
     Returns:
@@ -165,18 +174,18 @@ def slice_model(model: nn.Module, plan: Plan) -> Architecture:
 
     Raises:
         PlanMismatchError: the plan is not one of this model.
-        UnsupportedModelError: the weights are quantised, so that rows cannot be cut out.
+        UnsupportedModelError: the weights are quantised in a way that cannot be cut (GPTQ, AWQ, ...).
     """
     base = base_model(model)
     surgery = Surgery(describe(base.config), plan)
-    if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False):
+    if foreign := foreign_quantization(model):
         raise UnsupportedModelError(
-            "the base is quantised: its rows share quantisation blocks and cannot be cut out. Load it in bfloat16."
+            f"{foreign}: its packed weights cannot be cut. Load the base in bfloat16, or in nf4"
         )
     _drop_layers(base, surgery)
     for dense_name, cut in surgery.cuts.items():
-        # A trailing dot, because renaming looks for a layer's number between dots.
-        name = str(surgery.rename(f"{dense_name}.")).rstrip(".")
+        name = surgery.sliced_path(dense_name)
+        _stand_in(base, name, cut)
         _slice_linear(base.get_submodule(name), cut)
     _update_widths(base, surgery)
     return surgery.arch
@@ -185,6 +194,31 @@ def slice_model(model: nn.Module, plan: Plan) -> Architecture:
 def base_model(model: nn.Module) -> Any:
     """The plain transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def plain_path(path: str) -> str:
+    """A linear's path in the plain model, from its path inside a PEFT layer."""
+    return path.removesuffix(".base_layer")
+
+
+def foreign_quantization(model: nn.Module) -> str | None:
+    """The method that a model is quantised with if it is not bitsandbytes, in words."""
+    method = getattr(base_model(model), "quantization_method", None)
+    name = str(getattr(method, "value", method))
+    return None if method is None or name == "bitsandbytes" else f"the base is quantised with {name}"
+
+
+def _stand_in(base: Any, name: str, cut: Cut) -> None:
+    """Puts a FloatLinear of what is left in place of a quantised linear that loses rows or columns."""
+    path = f"{name}.base_layer" if hasattr(base.get_submodule(name), "base_layer") else name
+    layer = base.get_submodule(path)
+    if not is_quantized(layer) or (cut.rows is None and cut.columns is None):
+        return
+    rows, columns = (
+        full if kept is None else kept.numel() for kept, full in zip((cut.rows, cut.columns), shape_of(layer))
+    )
+    linear = FloatLinear(layer, lambda: cut.apply("weight", weight_of(layer)), torch.Size((rows, columns)))
+    base.set_submodule(path, linear)
 
 
 def _drop_layers(base: Any, surgery: Surgery) -> None:

@@ -13,7 +13,7 @@ from transformers.trainer_callback import CallbackHandler, PrinterCallback, Prog
 from transformers.trainer_utils import rotate_checkpoints
 
 from prunetune.core.errors import ConfigError, Problem
-from prunetune.model.surgery import base_model
+from prunetune.model.surgery import base_model, foreign_quantization
 from prunetune.model.token_stats import logit_softcap
 
 # Optimizers whose state has the shape of the parameters, so that it can be sliced with them.
@@ -76,11 +76,8 @@ def refusals(trainer: Any, optimizer: Any) -> list[Problem]:
         "FSDP and DeepSpeed shard weights or optimizer states, which the freeze cannot slice yet; launch with DDP "
         "(configs/accelerate/ddp.yaml)",
     )
-    refuse(
-        getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False),
-        "model",
-        "a quantised base cannot be sliced yet; load it in bfloat16",
-    )
+    foreign = foreign_quantization(model)
+    refuse(foreign, "model", f"{foreign}, whose packed weights cannot be cut; load it in bfloat16, or in nf4 or int8")
     return found
 
 

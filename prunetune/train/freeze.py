@@ -7,6 +7,7 @@ to resume from). It appears in one step, so a run is either before its freeze or
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from prunetune.core.errors import PlanMismatchError
 from prunetune.core.files import new_folder
 from prunetune.methods.compensation import Compensation
 from prunetune.model.plan import Plan
+from prunetune.model.quantized import FloatLinear, dtype_of, shape_of, weight_of
+from prunetune.model.source import requantize
 from prunetune.model.statistics import SecondMoments, in_groups
 from prunetune.model.surgery import Surgery, base_model, slice_model
 from prunetune.train.checkpoint import (
@@ -68,21 +71,22 @@ def compensated_weights(
             module, kept = base.get_submodule(path), surgery.cuts[path].columns
             assert kept is not None
             weight, delta = _weight_and_delta(module)
+            dtype = dtype_of(getattr(module, "base_layer", module))
             kept = kept.to(weight.device)
             effective = weight.float() + delta
             found = compensation.weight(effective, kept, moments.sums.pop(path, None))
             # Adding the delta and taking it off again would round a weight that the method left alone.
             if not torch.equal(found, effective.index_select(1, kept)):
-                updates[path] = (found - delta.index_select(1, kept)).to(weight.dtype).cpu().contiguous()
+                updates[path] = (found - delta.index_select(1, kept)).to(dtype).cpu().contiguous()
     return updates
 
 
 def _weight_and_delta(module: Any) -> tuple[Tensor, Tensor]:
     """(base weight, float32 delta of the active adapters) of a linear or a PEFT layer around one."""
     if not hasattr(module, "base_layer"):
-        weight = module.weight.data
+        weight = weight_of(module)
         return weight, torch.zeros_like(weight, dtype=torch.float32)
-    weight = module.base_layer.weight.data
+    weight = weight_of(module.base_layer)
     delta = torch.zeros_like(weight, dtype=torch.float32)
     for adapter in module.active_adapters:
         delta += module.get_delta_weight(adapter).detach().float()
@@ -125,8 +129,10 @@ def adopt_freeze(model: nn.Module, folder: Path) -> Plan:
     Raises:
         PlanMismatchError: the folder belongs to another model.
     """
-    plan = Plan.load(folder / PLAN_FILE)
-    apply_updates(model, Surgery(slice_model(model, plan), plan), load_updates(folder))
+    plan, updates = Plan.load(folder / PLAN_FILE), load_updates(folder)
+    surgery = Surgery(slice_model(model, plan), plan)
+    apply_updates(model, surgery, updates)
+    requantize(model, surgery, updates)
     return plan
 
 
@@ -136,14 +142,17 @@ def load_updates(folder: Path) -> dict[str, Tensor]:
 
 
 def apply_updates(model: nn.Module, surgery: Surgery, updates: Mapping[str, Tensor]) -> None:
-    """Puts compensated base weights into a sliced model."""
+    """Puts compensated base weights into a sliced model; a quantised one holds them as numbers until ``requantize``."""
     base = base_model(model)
     for path, update in updates.items():
-        module = base.get_submodule(str(surgery.rename(f"{path}.")).rstrip("."))
-        weight = (module.base_layer if hasattr(module, "base_layer") else module).weight
-        if weight.shape != update.shape:
+        module = base.get_submodule(surgery.sliced_path(path))
+        layer = module.base_layer if hasattr(module, "base_layer") else module
+        if shape_of(layer) != update.shape:
             raise PlanMismatchError(
                 f"the weights kept from the freeze do not fit {path}: {tuple(update.shape)} against "
-                f"{tuple(weight.shape)}"
+                f"{tuple(shape_of(layer))}"
             )
-        weight.data.copy_(update)
+        if isinstance(layer, FloatLinear):
+            layer.build = functools.partial(torch.detach, update)
+        else:
+            layer.weight.data.copy_(update)

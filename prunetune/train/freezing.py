@@ -19,9 +19,12 @@ from prunetune.methods.compensation import build_compensation
 from prunetune.methods.masks import check_mask
 from prunetune.model.architecture import Architecture, describe
 from prunetune.model.budget import Shape, describe_kept, full_shape, plan_shape, total_params
+from prunetune.model.divergence import mean_kl
 from prunetune.model.gates import GateSet
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
+from prunetune.model.quantized import float_linears
+from prunetune.model.source import requantize, require_cuttable
 from prunetune.model.statistics import SecondMoments
 from prunetune.model.surgery import Surgery, base_model, slice_model
 from prunetune.train import compat
@@ -77,6 +80,7 @@ class FreezingTrainer(SelectingTrainer):
         self.dense: Architecture = describe(base_model(self.model).config)
         self._refuse(optimizer)
         self.planner = Planner(self.dense, prune.target, dtype)
+        require_cuttable(self.model, self.planner.candidates)
         self.compensation = build_compensation(prune.compensation.method, prune.compensation.options())
         if self.compensation.tokens and not hasattr(self.train_dataset, "__len__"):
             why = "calibration rows are drawn by lot, which streamed rows do not allow; load them, or set none"
@@ -130,7 +134,7 @@ class FreezingTrainer(SelectingTrainer):
         if self.accelerator.is_main_process:
             write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates, names)
         self.accelerator.wait_for_everyone()
-        apply_updates(self.model, surgery, load_updates(self.freeze_dir))
+        self._settle(surgery, load_updates(self.freeze_dir))
         self._validate("eval_after_cut")
         note(f"step {step}: frozen and sliced to {self.shape}; kept {describe_kept(self.dense, self.shape)}")
         # Whatever holds the dense parameters goes; the next leg makes its own from the sliced checkpoint.
@@ -150,14 +154,29 @@ class FreezingTrainer(SelectingTrainer):
         self.model.eval()
         surgery = Surgery(self.dense, plan)
         updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
-        exact = total_params(self.dense, full_shape(self.dense)) <= EXACT_LIMIT_PARAMETERS
-        masked = probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=exact)
+        masked = self._probe()
         gates.detach()
         slice_model(self.model, plan)
-        sliced = probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=exact)
-        require_equal(masked, sliced, self.model, exact=exact)
+        require_equal(masked, self._probe(), self.model, exact=self._exact)
         self.plan = plan
         return surgery, updates
+
+    def _settle(self, surgery: Surgery, updates: dict[str, Tensor]) -> None:
+        """Puts the compensated weights in; then a quantised base is quantised again, which is measured and said."""
+        apply_updates(self.model, surgery, updates)
+        if not float_linears(self.model):
+            return
+        wanted = self._probe()
+        error = requantize(self.model, surgery, updates)
+        moved = mean_kl(wanted, self._probe())
+        note(f"quantised again: weights within {error:.1%}, which moves the output distribution by {moved:.2g} nats")
+
+    @property
+    def _exact(self) -> bool:
+        return total_params(self.dense, full_shape(self.dense)) <= EXACT_LIMIT_PARAMETERS
+
+    def _probe(self) -> Tensor:
+        return probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=self._exact)
 
     def cut_from_scores(self, scores: Mapping[str, Tensor]) -> Plan:
         """Slices the live dense model to this trainer's target by the scores of an earlier search.
@@ -170,7 +189,7 @@ class FreezingTrainer(SelectingTrainer):
         """
         plan = self.planner.plan(scores, origin={"method": "scores of an earlier search"})
         surgery, updates = self.cut(plan)
-        apply_updates(self.model, surgery, updates)
+        self._settle(surgery, updates)
         return plan
 
     def _end_search(self) -> None:

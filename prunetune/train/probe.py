@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunetune.core.errors import PlanMismatchError
 from prunetune.core.streams import stream
+from prunetune.model.quantized import in_floats
 from prunetune.model.surgery import base_model
 
 # float32 moves the logits of a real 135M model by 3e-4 (its largest activations are in the thousands), so a sharp
@@ -20,11 +21,14 @@ EXACT_BOUND = 1e-6
 
 
 def probe_logits(model: nn.Module, vocabulary: int, device: Any, *, exact: bool) -> Tensor:
-    """(2, 16, V) float64 logits of a fixed batch; ``exact``: in float64 arithmetic, else in the weights' own."""
+    """(2, 16, V) float64 logits of a fixed batch; ``exact``: in float64 arithmetic, else in the weights' own.
+
+    A quantised model is computed with its dequantised weights.
+    """
     ids = torch.from_numpy(stream(0, "freeze.probe").integers(0, vocabulary, (2, 16))).to(device)
     model.eval()
     arithmetic = _in_float64(model) if exact else contextlib.nullcontext()
-    with torch.no_grad(), arithmetic:
+    with torch.no_grad(), in_floats(model), arithmetic:
         return base_model(model)(input_ids=ids, use_cache=False).logits.double()
 
 

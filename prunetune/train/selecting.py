@@ -25,7 +25,7 @@ from prunetune.model.marks import Protection
 from prunetune.model.score_table import ScoreTable
 from prunetune.train import compat
 from prunetune.train.checkpoint import global_step
-from prunetune.train.guarded import GuardedTrainer
+from prunetune.train.quantized import QuantizedTrainer
 from prunetune.train.selection_choice import BAD, EMPTY, StepChoice, choose_rows
 from prunetune.train.selection_epoch import EpochLosses
 from prunetune.train.selection_file import SelectionFile
@@ -39,8 +39,8 @@ TOPUP = "topup"
 World = list[list[list[Row]]]
 
 
-class SelectingTrainer(GuardedTrainer):
-    """GuardedTrainer that may train on a part of each step's rows and target tokens.
+class SelectingTrainer(QuantizedTrainer):
+    """QuantizedTrainer that may train on a part of each step's rows and target tokens.
 
     Args:
         select: what chooses; None: everything is trained on.
@@ -228,7 +228,7 @@ class SelectingTrainer(GuardedTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As in GuardedTrainer, with the losses of all processes."""
+        """As in QuantizedTrainer, with the losses of all processes."""
         if self._losses is not None:
             self._losses.flush()
         super()._save_checkpoint(model, trial)
