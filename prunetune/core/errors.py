@@ -35,6 +35,18 @@ class DivergedError(PrunetuneError):
     """The loss became NaN or infinite."""
 
 
+class FolderInUseError(PrunetuneError):
+    """Another process works in the same folder."""
+
+
+class DiskFullError(PrunetuneError):
+    """There was no room for something that had to be written; what was there before is whole."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM: a scheduler wants the machine back. Everything is saved and the same command goes on."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One fault in a configuration. ``where`` is ``file:line`` or the name of the field."""

@@ -8,7 +8,6 @@ that was stopped goes on with the shards that are missing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prunetune.core.errors import DataError
-from prunetune.core.files import new_folder, read_json, write_json
+from prunetune.core.files import new_file, new_folder, read_json, write_json
 from prunetune.model.score_table import ROW_COLUMNS, TOKEN_COLUMNS, ScoreTable
 
 HEADER = "header.json"
@@ -66,13 +65,8 @@ def write_shard(path: Path, scores: StoredScores) -> None:
         columns[f"row.{name}"] = list(column) if column.ndim > 1 else column
     for name, column in table.tokens.items():
         columns[f"token.{name}"] = np.split(column, table.offsets[1:-1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with new_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_scores(folder: Path, scores: StoredScores) -> None:

@@ -8,7 +8,6 @@ the last one is there.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +21,12 @@ from torch import Tensor
 
 from prunetune.core.console import note, warn
 from prunetune.core.errors import ExportError, PlanMismatchError, UnsupportedModelError
-from prunetune.core.files import exchange, free_bytes, read_json, write_json
+from prunetune.core.files import free_bytes, new_file, read_json, recover, sweep, take_place, write_json
+from prunetune.core.lock import only_one
 from prunetune.core.sizes import format_bytes
 from prunetune.export.combine import combine
-from prunetune.methods.deltas import DeltaContext, DeltaMethod
+from prunetune.methods.deltas import DeltaContext, DeltaMethod, context_of
+from prunetune.model.delta_inputs import Inputs
 from prunetune.model.deltas import BLOCK_BYTES, Delta, Place
 from prunetune.model.shards import INDEX_FILE, SINGLE_FILE, ShardReader
 from prunetune.model.surgery import Surgery
@@ -41,14 +42,18 @@ class Source:
 
     Args:
         tuned: what was learnt. weight: of its delta in the sum. method: prunes its delta first.
-        name: names its random masks. measured: tensor of the base -> (inputs, energy), see DeltaContext.
+        name: names its random masks. measured: tensor of the base -> what its linear saw.
     """
 
     tuned: Tuned
     weight: float
     method: DeltaMethod
     name: str
-    measured: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)
+    measured: Mapping[str, Inputs] = field(default_factory=dict)
+
+    def context(self, name: str, seed: int) -> DeltaContext:
+        """What its method may know about a tensor of the base."""
+        return context_of(seed, self.name, self.measured.get(name))
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,13 @@ class StreamMerge:
 
         Raises:
             ExportError: the folder exists, or the disk is full; finished shards are kept for the next try.
+            FolderInUseError: another process merges into the same folder.
         """
+        with only_one(folder):
+            self._write(folder, metadata, replace=replace)
+
+    def _write(self, folder: Path, metadata: Mapping[str, Any], *, replace: bool) -> None:
+        recover(folder)
         if folder.exists() and not (replace and (folder / MERGE_FILE).is_file()):
             raise ExportError(f"{folder} exists; name another folder, or allow replacing a former merge there")
         shards = self._shards()
@@ -168,6 +179,7 @@ class StreamMerge:
                 )
             work.mkdir(parents=True)
             write_json(work / MERGE_FILE, dict(metadata))
+        sweep(work)
         try:
             for number, names in enumerate(shards):
                 self._write_shard(work / _shard_name(number, len(shards)), names)
@@ -176,10 +188,7 @@ class StreamMerge:
             raise ExportError(
                 f"the merge to {folder} stopped: {error}. Finished shards are in {work}; the same command goes on"
             ) from error
-        if folder.exists():
-            exchange(work, folder)
-        else:
-            os.rename(work, folder)
+        take_place(work, folder)
 
     def _shards(self) -> list[list[str]]:
         """Names of the tensors of each file, in the base's order."""
@@ -201,10 +210,9 @@ class StreamMerge:
     def _write_shard(self, path: Path, names: Sequence[str]) -> None:
         if path.is_file():
             return
-        temporary = path.with_suffix(".partial")
-        save_file({name: self.tensor(name) for name in names}, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            save_file({name: self.tensor(name) for name in names}, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o644)
         note(f"{path.name}: {len(names)} tensors")
 
     @torch.no_grad()
@@ -257,8 +265,7 @@ class StreamMerge:
         return [name for name in self._shapes if name in self._deltas]
 
     def _delta(self, name: str, source: Source, place: Place) -> tuple[Delta, DeltaContext]:
-        inputs, energy = source.measured.get(name, (None, None))
-        return source.tuned.delta(place, self.slices), DeltaContext(self.settings.seed, source.name, inputs, energy)
+        return source.tuned.delta(place, self.slices), source.context(name, self.settings.seed)
 
     def _cast(self, tensor: Tensor, stored: torch.dtype | None = None) -> Tensor:
         if not tensor.is_floating_point():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunetune.core.errors import PlanMismatchError, UnsupportedModelError
+from prunetune.core.files import new_file
 from prunetune.model.deltas import Delta, Place, threshold, words_of
 from prunetune.model.shards import ShardReader, read_header
 from prunetune.model.tuned import BaseSlices, Tuned
@@ -70,13 +70,9 @@ def save_delta(
         matrices[name] = {"shape": list(shape), "divisor": divisor}
     facts = {"version": VERSION, "seed": seed, "model": tuned.folder.name, "drop": drop, "matrices": matrices}
     facts |= {"base": base_fingerprint(base.reader), "values_sha256": _digest(tensors)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with new_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": FORMAT, "facts": json.dumps(facts)})
         temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class DeltaFile(Tuned):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,19 @@ import time
 
 import pytest
 
-from prunetune.core.files import free_bytes, new_folder, read_json, sha256, write_json, write_text
+from prunetune.core import files
+from prunetune.core.files import (
+    disk_is_full,
+    free_bytes,
+    new_file,
+    new_folder,
+    read_json,
+    recover,
+    sha256,
+    sweep,
+    write_json,
+    write_text,
+)
 
 
 def names(folder):
@@ -79,6 +92,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
         rename(source, destination)
 
     monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(files, "_exchange_names", lambda *_: False)
     with pytest.raises(OSError, match="disk gone"), new_folder(target, replace=True) as folder:
         (folder / "new.txt").write_text("new")
     assert names(target) == ["old.txt"]
@@ -113,7 +127,94 @@ def test_kill_9_leaves_only_a_partial_folder_beside(tmp_path, existed):
         assert names(target) == ["old.txt"]
     with new_folder(target, replace=True) as folder:
         (folder / "new.txt").write_text("new")
-    assert names(target) == ["new.txt"], "the next run is not in the way of the remains"
+    assert names(target) == ["new.txt"]
+    assert names(tmp_path) == ["out"], "the next writer clears the remains away"
+
+
+REPLACE = """
+import os, signal, sys
+from pathlib import Path
+from prunetune.core import files
+
+number, atomic = int(sys.argv[2]), sys.argv[3] == "atomic"
+if not atomic:
+    files._exchange_names = lambda *_: False
+calls = 0
+
+def hook(event, arguments):
+    global calls
+    if event in ("os.rename", "shutil.rmtree"):
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+with files.new_folder(Path(sys.argv[1]), replace=True) as folder:
+    (folder / "new.txt").write_text("new")
+"""
+
+
+@pytest.mark.parametrize(("way", "number"), [("atomic", 1), ("atomic", 2), ("two renames", 2), ("two renames", 3)])
+def test_kill_inside_a_replacement_leaves_the_old_or_the_new(tmp_path, way, number):
+    target = old_folder(tmp_path)
+    process = subprocess.run([sys.executable, "-c", REPLACE, str(target), str(number), way])
+    assert process.returncode == -signal.SIGKILL
+    if way == "atomic":
+        assert names(target) == ["new.txt"], "exchanged before the old one is deleted"
+    if (way, number) == ("two renames", 2):
+        assert not target.exists(), "the window that recover closes"
+    recover(target)
+    assert names(target) == (["old.txt"] if (way, number) == ("two renames", 2) else ["new.txt"])
+    with new_folder(target, replace=True) as folder:
+        (folder / "newest.txt").write_text("newest")
+    assert names(target) == ["newest.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_replacement_under_way_is_not_taken_back_by_others(tmp_path):
+    target = old_folder(tmp_path)
+    retired = tmp_path / ".out.abc.partial.old"
+    target.rename(retired)
+    descriptor = os.open(retired, os.O_RDONLY)
+    assert files._lock(descriptor)
+    recover(target)
+    assert not target.exists()
+    os.close(descriptor)
+    recover(target)
+    assert names(target) == ["old.txt"]
+
+
+def test_work_in_progress_is_not_swept_away(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("a")
+        sweep(tmp_path)
+        with new_file(tmp_path / "out.txt") as file:
+            file.write_text("b")
+            sweep(tmp_path)
+    assert names(tmp_path) == ["out", "out.txt"]
+
+
+def test_a_new_file_that_fails_leaves_the_old_one(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ValueError), new_file(tmp_path / "a") as file:  # noqa: PT012
+        file.write_text("half")
+        raise ValueError
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "x"), True),
+        (OSError(errno.EFBIG, "x"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "x"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_what_says_that_the_disk_is_full(error, full):
+    assert disk_is_full(error) == full
 
 
 def test_two_writers_at_once_do_not_mix(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -228,8 +229,8 @@ def test_another_merge_does_not_go_on_with_what_is_left(base, tmp_path, monkeypa
 def test_a_merge_of_other_weights_does_not_go_on(base, tmp_path, monkeypatch):
     """Two tunings of one model have files of one size; the first one's shards must not end in the second's merge."""
     one, two = (saved(tiny_model(seed=seed, tie_word_embeddings=False), tmp_path / f"{seed}" / "m") for seed in (5, 6))
-    real = stream_merge.os.replace
-    monkeypatch.setattr(stream_merge.os, "replace", lambda a, b: real(a, b) if "00002" not in str(b) else 1 / 0)
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: real(a, b) if "00002" not in str(b) else 1 / 0)
     settings = MergeSettings(shard_size=20_000)
     with pytest.raises(ZeroDivisionError):
         merged(tmp_path, [one], base, "out", settings=settings)
