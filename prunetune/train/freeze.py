@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,6 @@ def write_freeze(
     surgery: Surgery,
     scores: dict[str, Tensor],
     updates: dict[str, Tensor],
-    names: Sequence[Sequence[str]],
 ) -> None:
     """Writes the freeze folder in one step; see the module's docstring for what is in it."""
     for torn in target.parent.glob(f".{target.name}.*"):
@@ -113,7 +112,7 @@ def write_freeze(
         for file in checkpoint.glob("adapter_*"):
             shutil.copy2(file, folder / "adapter")
         sliced = folder / "checkpoint"
-        slice_checkpoint(checkpoint, sliced, surgery, names)
+        slice_checkpoint(checkpoint, sliced, surgery)
         save_mask(sliced, load_mask(checkpoint))
         facts = read_marker(checkpoint) or {}
         write_marker(sliced, {**facts, "frozen": True, "plan": plan.digest()})

@@ -128,11 +128,10 @@ class FreezingTrainer(SelectingTrainer):
         step, scores = global_step(checkpoint), self._search.mask.scores()
         plan = self._search.decide(step)
         self._require_same_plan(plan)
-        names = self.optimizer_names()
         self._validate("eval_before_cut")
         surgery, updates = self.cut(plan)
         if self.accelerator.is_main_process:
-            write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates, names)
+            write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates)
         self.accelerator.wait_for_everyone()
         self._settle(surgery, load_updates(self.freeze_dir))
         self._validate("eval_after_cut")

@@ -1,4 +1,4 @@
-"""GuardedTrainer: what every run gets, pruned or not: no step on a bad loss, whole checkpoints, named moments."""
+"""GuardedTrainer: what every run gets, pruned or not: no step on a bad loss, and whole checkpoints."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import SFTTrainer
 
 from prunetune.core.errors import DataError, DivergedError
 from prunetune.train import compat
 from prunetune.train.callbacks import Interruption
 from prunetune.train.checkpoint import MARKER, newest, write_marker
 from prunetune.train.freeze import FREEZE
+from prunetune.train.portable import PortableTrainer
 
 
-class GuardedTrainer(SFTTrainer):
-    """SFTTrainer that stops before it does harm and whose checkpoints are complete or not there.
+class GuardedTrainer(PortableTrainer):
+    """PortableTrainer that stops before it does harm and whose checkpoints are complete or not there.
 
     Raises:
         DataError: no row is left to train on.
@@ -30,7 +30,6 @@ class GuardedTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._optimizer_names: list[list[str]] = []
         self._not_finite: Tensor | None = None
         self._grad_norm: Any = 0.0
         self._interruption = Interruption()
@@ -86,20 +85,6 @@ class GuardedTrainer(SFTTrainer):
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
-
-    # ---- optimizer state by name
-
-    def optimizer_names(self) -> list[list[str]]:
-        if self.optimizer is None:
-            self.create_optimizer()
-        return self._optimizer_names
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; remembers which parameter stands where, because optimizer state is positional."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self._optimizer_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        return optimizer
 
     # ---- saving
 

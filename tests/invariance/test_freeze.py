@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -103,22 +105,38 @@ class HandCut:
         return dict(found for name, tensor in tensors.items() if (found := self(name, tensor)))
 
 
-def cut_checkpoint_by_hand(source: Path, target: Path, cut: HandCut, dense_names: list[str]) -> None:
+def for_plain_trl(folder: Path, moments: dict[str, dict[str, Tensor]]) -> None:
+    """Writes a checkpoint's optimizer and schedule as plain TRL reads them: by the parameters' numbers."""
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+    [group] = facts["groups"]
+    numbers = range(len(moments))
+    # The optimizer's order: one group with decay, in the model's order, and an empty one without.
+    groups = [{**group, "params": [*numbers]}, {**group, "params": []}]
+    torch.save({"state": dict(zip(numbers, moments.values())), "param_groups": groups}, folder / "optimizer.pt")
+    torch.save(facts["scheduler"], folder / "scheduler.pt")
+
+
+def moments_of(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint keeps for every parameter, in the order of its groups."""
+    flat = load_file(folder / "optimizer.safetensors")
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+        [group] = json.loads(file.metadata()["groups"])
+    return {
+        name: {label.split(":")[0]: value for label, value in flat.items() if label.endswith(f":{name}")}
+        for name in group["params"]
+    }
+
+
+def cut_checkpoint_by_hand(source: Path, target: Path, cut: HandCut) -> None:
     """The dense checkpoint's adapter and AdamW moments, cut without prunetune."""
     shutil.copytree(source, target)
     save_file(cut.all(load_file(source / "adapter_model.safetensors")), target / "adapter_model.safetensors")
-    state = torch.load(source / "optimizer.pt", weights_only=True)
-    moments, number = {}, 0
-    for group in state["param_groups"]:
-        indices = []
-        for index in group["params"]:
-            kept = {key: cut(dense_names[index], value) for key, value in state["state"][index].items()}
-            if all(kept.values()):
-                moments[number] = {key: value[1] for key, value in kept.items() if value}
-                indices.append(number)
-                number += 1
-        group["params"] = indices
-    torch.save({"state": moments, "param_groups": state["param_groups"]}, target / "optimizer.pt")
+    moments = {}
+    for name, kept in moments_of(source).items():
+        if found := cut(name, kept["exp_avg"]):
+            moments[found[0]] = {key: cut(name, value)[1] for key, value in kept.items()}  # type: ignore[index]
+    for_plain_trl(target, moments)
 
 
 def small_model_by_hand(cut: HandCut) -> Any:
@@ -132,12 +150,9 @@ def test_recover_phase_equals_training_a_model_sliced_by_hand(tmp_path: Path) ->
     joint = static_run(tmp_path / "run")
     assert joint.plan is not None
     assert {len(joint.plan.kept[f"layers.{i}.kv_groups"]) for i in joint.plan.kept["layers"]} == {2}
-    dense = get_peft_model(tiny_model(), lora())
-    # The dense optimizer's order: one group with decay, in the model's order.
-    names = [name for name, parameter in dense.named_parameters() if parameter.requires_grad]
     cut = HandCut(joint.plan)
     by_hand = tmp_path / "by_hand"
-    cut_checkpoint_by_hand(tmp_path / "run" / f"checkpoint-{FREEZE_STEP}", by_hand, cut, names)
+    cut_checkpoint_by_hand(tmp_path / "run" / f"checkpoint-{FREEZE_STEP}", by_hand, cut)
     plain = SFTTrainer(
         model=small_model_by_hand(cut),
         args=sft_args(tmp_path / "plain"),
@@ -172,6 +187,7 @@ def test_next_step_after_the_freeze_is_the_masked_dense_models_next_step(tmp_pat
         model=dense, args=sft_args(tmp_path / "dense", **args), train_dataset=rows(), processing_class=tiny_tokenizer()
     )
     HoldGates(dense, joint.plan)
+    for_plain_trl(freeze, moments_of(freeze))
     plain.train(resume_from_checkpoint=str(freeze))
     wanted = HandCut(joint.plan).all(weights(plain))
     found, before = weights(joint), HandCut(joint.plan).all(load_file(freeze / "adapter_model.safetensors"))

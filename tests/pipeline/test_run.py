@@ -186,7 +186,7 @@ def test_run_killed_before_its_first_whole_checkpoint_starts_anew(done: RunRepor
     for path in (config.folder / "train").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (config.folder / "train" / "checkpoint-2").mkdir()
-    (config.folder / "train" / "checkpoint-2" / "optimizer.pt").write_bytes(b"half")
+    (config.folder / "train" / "checkpoint-2" / "optimizer.safetensors").write_bytes(b"half")
     report = run(config, resume=True)
     assert timeless(metrics(report.folder)) == timeless(metrics(done.folder))
 

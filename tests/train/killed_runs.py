@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 from prunetune.core import files
-from prunetune.train import checkpoint, compat, freeze, freezing, guarded, trainer
+from prunetune.train import compat, freeze, freezing, guarded, moments, trainer
 from prunetune.train.callbacks import MetricsFile
 from tests.train.joint_runs import joint_trainer, prune_config, rows
 
@@ -66,13 +66,13 @@ def half_a_line(self: MetricsFile, args: Any, state: Any, control: Any, **_: Any
 
 def arm(kill: str) -> None:
     """Puts the blow where ``kill`` says."""
-    step, save = trainer.JointTrainer.training_step, torch.save
+    step = trainer.JointTrainer.training_step
     if kill.startswith("step "):
         trainer.JointTrainer.training_step = nth(int(kill[5:]), die, step)  # type: ignore[method-assign]
     elif kill == "optimizer of the first checkpoint":
-        torch.save = nth(2, half_written, save)
+        moments.save_file = nth(1, half_written, moments.save_file)
     elif kill == "optimizer of a search checkpoint":
-        torch.save = nth(6, half_written, save)
+        moments.save_file = nth(2, half_written, moments.save_file)
     elif kill == "marker of a checkpoint":
         guarded.write_marker = nth(2, die, guarded.write_marker)
     elif kill == "rotation":
@@ -84,7 +84,7 @@ def arm(kill: str) -> None:
     elif kill == "weights of the freeze":
         freeze.save_file = nth(2, half_written, freeze.save_file)
     elif kill == "sliced optimizer":
-        checkpoint.slice_optimizer = die
+        moments.Moments.sliced = die  # type: ignore[method-assign]
     elif kill == "rename of the freeze":
         files.os = Renamer()  # type: ignore[assignment]
     elif kill == "after the freeze":

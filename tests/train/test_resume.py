@@ -106,11 +106,11 @@ def test_finished_run_is_not_trained_again(run: Run, tmp_path: Path) -> None:
 
 def test_truncated_files_are_passed_over(run: Run, tmp_path: Path) -> None:
     folder = stopped_after(run[0], 7, tmp_path / "copy", frozen=True)
-    for step, file in ((7, "optimizer.pt"), (6, "adapter_model.safetensors"), (5, "rng_state.pth")):
+    for step, file in ((7, "optimizer.safetensors"), (6, "adapter_model.safetensors"), (5, "rng_state.pth")):
         path = folder / f"checkpoint-{step}" / file
         path.write_bytes(path.read_bytes()[:-1])
     assert newest(folder, folder / "freeze") == folder / "freeze" / "checkpoint"
-    scores = folder / "freeze" / "checkpoint" / "scheduler.pt"
+    scores = folder / "freeze" / "checkpoint" / "optimizer.safetensors"
     scores.unlink()
     assert newest(folder, folder / "freeze") == folder / "checkpoint-4"
     (folder / "checkpoint-4" / MARKER).unlink()
@@ -123,7 +123,7 @@ def test_truncated_files_are_passed_over(run: Run, tmp_path: Path) -> None:
 
 def test_torn_checkpoint_is_refused_by_name(run: Run, tmp_path: Path) -> None:
     folder = stopped_after(run[0], 3, tmp_path / "copy")
-    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
+    (folder / "checkpoint-3" / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(DataError, match=r"checkpoint-3 is not a complete checkpoint.*resume_from_checkpoint=True"):
         joint_trainer(folder, **run[2]).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
 

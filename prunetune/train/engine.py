@@ -1,0 +1,125 @@
+"""What differs between engines: who holds what, how it becomes whole, and how it is handed out again.
+
+``Engine`` is the case where every process holds everything (one process, DDP); FSDP's sharded tensors differ from it
+in two lines. DeepSpeed is in zero.py. All methods are collective: every process calls them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from prunetune.model.surgery import base_model
+
+
+class Engine:
+    """One process or DDP.
+
+    Args:
+        trainer: the trainer whose model, optimizer and accelerator it looks after.
+    """
+
+    # Whether base weights are spread over processes, so that a plain forward pass outside the engine cannot run.
+    shards_base = False
+    # Whether the adapters are spread over processes, or their float32 values kept elsewhere than in the model.
+    shards_trained = False
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name, as the engine holds them."""
+        return {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}
+
+    def values(self) -> dict[str, Tensor]:
+        """The trained parameters, whole, on the CPU."""
+        return {name: whole(parameter.detach()).cpu() for name, parameter in self.trained().items()}
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizer keeps for every trained parameter, whole, on the CPU."""
+        state = self.trainer.optimizer.state
+        return {
+            name: {key: whole(value).cpu() for key, value in state[parameter].items() if isinstance(value, Tensor)}
+            for name, parameter in self.trained().items()
+            if parameter in state
+        }
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's param groups that have parameters, in the order they were made in."""
+        return [group for group in self.trainer.optimizer.param_groups if group["params"]]
+
+    def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Gives the optimizer what it kept; ``values`` are the trained parameters, which are in the model already."""
+        optimizer, trained = self.trainer.optimizer, self.trained()
+        names = {id(parameter): name for name, parameter in trained.items()}
+        state, groups, number = {}, [], 0
+        for group in optimizer.param_groups:
+            indices = []
+            for parameter in group["params"]:
+                kept = moments.get(names[id(parameter)], {})
+                if kept:
+                    state[number] = {key: alike(value, parameter) for key, value in kept.items()}
+                indices.append(number)
+                number += 1
+            groups.append({**group, "params": indices})
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def release(self) -> None:
+        """Ends the engine: adapters are plain tensors of the model again, and no hook of the engine is left."""
+
+    @contextlib.contextmanager
+    def opened(self, module: nn.Module) -> Iterator[None]:
+        """Makes a module's base weights whole while it lasts, outside the engine; what was put in their place stays."""
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def alike(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, spread over processes as the parameter is."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+@contextlib.contextmanager
+def computing(engine: Engine, model: nn.Module) -> Iterator[None]:
+    """Lets a model compute outside its engine: each module's weights are whole while it runs.
+
+    The output layer's are so throughout, because the loss reads them without calling the module.
+    """
+    if not engine.shards_base:
+        yield
+        return
+    handles: list[Any] = []
+    open_now: dict[nn.Module, contextlib.ExitStack] = {}
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        open_now[module] = contextlib.ExitStack()
+        open_now[module].enter_context(engine.opened(module))
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        open_now.pop(module).close()
+
+    head = base_model(model).get_output_embeddings()
+    held = {id(parameter) for parameter in head.parameters()}
+    with engine.opened(head), torch.no_grad():
+        for module in model.modules():
+            own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in held]
+            if own and not any(True for _ in module.children()):
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

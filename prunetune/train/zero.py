@@ -1,0 +1,141 @@
+"""DeepSpeed ZeRO: gathering, handing out again and ending its engine. Imports deepspeed only when one runs.
+
+Stages 1 and 2 spread the optimizer, stage 3 the weights as well. Under both the optimizer works on flat float32
+pieces; DeepSpeed says which part of them belongs to which parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetune.train.engine import Engine
+
+
+class Zero(Engine):
+    """DeepSpeed with ZeRO stage 1 or 2."""
+
+    shards_trained = True
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer; None while no engine runs."""
+        engine = self.trainer.deepspeed
+        optimizer = None if engine is None else engine.optimizer
+        return optimizer if hasattr(optimizer, "optimizer") else None
+
+    def values(self) -> dict[str, Tensor]:
+        if self._zero is None:
+            return super().values()
+        from deepspeed.utils import safe_get_full_fp32_param as full
+
+        return {name: full(parameter).cpu() for name, parameter in self.trained().items()}
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_optimizer_state as full
+
+        kept: dict[str, Any] = next(iter(self._zero.optimizer.state.values()), {})
+        tensors = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+        scalars = {key: value.detach().cpu().clone() for key, value in tensors.items() if value.dim() == 0}
+        return {
+            name: {key: full(parameter, key).cpu() for key in sorted(tensors.keys() - scalars.keys())} | scalars
+            for name, parameter in self.trained().items()
+        }
+
+    def groups(self) -> list[dict[str, Any]]:
+        # DeepSpeed left the empty ones out, and in stage 3 takes the parameters away between steps.
+        groups: list[dict[str, Any]] = self._zero.optimizer.param_groups
+        return groups
+
+    def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        inner = self._zero.optimizer
+        kept = next(iter(moments.values()), {})
+        for flat in self._flat_pieces():
+            scalar = {key: value.to(flat.device) for key, value in kept.items() if value.dim() == 0}
+            inner.state[flat] = scalar | {key: torch.zeros_like(flat) for key in kept.keys() - scalar.keys()}
+        self._link()
+        for name, parameter in self.trained().items():
+            self._put(parameter, values[name], None)
+            for key, value in moments.get(name, {}).items():
+                if value.dim():
+                    self._put(parameter, value, key)
+
+    def _flat_pieces(self) -> list[Tensor]:
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def _link(self) -> None:
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _put(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        """This process's part of a whole tensor: of the float32 value (no key) or of a moment."""
+        parameter.set_full_hp_param(value.to(parameter.device), key)
+
+    def release(self) -> None:
+        trainer = self.trainer
+        if trainer.deepspeed is None:
+            return
+        values, trained = self.values(), self.trained()
+        trainer.accelerator.free_memory()
+        for name, parameter in trained.items():
+            path, _, attribute = name.rpartition(".")
+            value = values[name].to(parameter.device, parameter.dtype)
+            # A new tensor, because the old one carries the engine's hooks and lies in its flat buffers.
+            setattr(trainer.model.get_submodule(path), attribute, nn.Parameter(value))
+        trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
+        trainer.model_wrapped = trainer.model
+
+
+class ZeroThree(Zero):
+    """DeepSpeed with ZeRO stage 3: of the base weights every process holds a part, too."""
+
+    shards_base = True
+
+    def _flat_pieces(self) -> list[Tensor]:
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def _link(self) -> None:
+        """Nothing: here the state itself is read."""
+
+    def _put(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        rank, size = self.trainer.accelerator.process_index, parameter.partition_numel()
+        padded = torch.zeros(size * self.trainer.accelerator.num_processes, dtype=value.dtype)
+        padded[: value.numel()] = value.flatten()
+        part = padded[rank * size : (rank + 1) * size].to(parameter.device)
+        self._zero.set_local_hp_param(part, parameter, key)
+
+    def release(self) -> None:
+        super().release()
+        for parameter in self.trainer.model.parameters():
+            # The engine kept small weights whole.
+            if hasattr(parameter, "ds_id"):
+                parameter.ds_persist = False
+                _close([parameter])
+
+    @contextlib.contextmanager
+    def opened(self, module: nn.Module) -> Iterator[None]:
+        kept: list[Any] = [p for p in module.parameters() if hasattr(p, "ds_id")]
+        closed = [p for p in kept if not _is_open(p)]
+        for parameter in closed:
+            parameter.all_gather()
+        try:
+            yield
+        finally:
+            _close(closed)
+            new = [p for p in module.parameters() if not hasattr(p, "ds_id") and not p.requires_grad]
+            if closed and new:
+                closed[0].convert_to_zero_parameters(param_list=new)
+
+
+def _is_open(parameter: Any) -> bool:
+    return parameter.ds_status.name == "AVAILABLE"
+
+
+def _close(parameters: list[Any]) -> None:
+    for parameter in parameters:
+        if _is_open(parameter):
+            parameter.partition(has_been_updated=True)
