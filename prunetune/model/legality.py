@@ -31,3 +31,17 @@ def config_values(arch: Architecture, shape: Shape) -> dict[str, Any]:
         "head_dim": arch.head_dim,
         "intermediate_size": shape.mlp_channels,
     }
+
+
+def bias_fields(arch: Architecture, role: str) -> dict[str, Any] | None:
+    """The config.json fields that give a consumer (``o`` or ``down``) a bias.
+
+    Returns:
+        The fields to set; none if it has a bias already. None: no config of this class says such a bias.
+    """
+    family = arch.family
+    rule = (family.attention_bias if family.bias_on_o else False) if role == "o" else family.mlp_bias
+    if isinstance(rule, bool):
+        return {} if rule else None
+    has = arch.attention_bias if role == "o" else arch.mlp_bias
+    return {} if has else {rule: True}

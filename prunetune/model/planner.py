@@ -32,15 +32,16 @@ class Planner:
         arch: the dense model.
         target: the user's budget, allowed unit kinds and alignment.
         dtype: dtype of the export, for budgets in bytes.
+        budget: the target's meaning, if it is not that for ``arch``.
 
     Raises:
         BudgetError: no legal shape meets the budget.
     """
 
-    def __init__(self, arch: Architecture, target: TargetConfig, dtype: str = "bfloat16"):
+    def __init__(self, arch: Architecture, target: TargetConfig, dtype: str = "bfloat16", budget: Budget | None = None):
         self.arch = arch
         self.target = target
-        self.budget = Budget.from_target(arch, target, dtype)
+        self.budget = budget or Budget.from_target(arch, target, dtype)
         self.sites: tuple[Site, ...] = sites(arch, target.units)
         self.candidates = self.shape_candidates(self.budget, target.align)
         if not self.candidates:

@@ -26,6 +26,8 @@ class Compensation(ABC):
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
     tokens: int = 0
+    # Adds a bias to the linear, which not every config can say; only where a folder is written from the base's shards.
+    makes_bias: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions):
         self.options = options
@@ -42,6 +44,15 @@ class Compensation(ABC):
         Returns:
             (out, kept) float32.
         """
+
+    def bias(self, weight: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
+        """(out,) float32 that is added to the linear's bias, if ``makes_bias``.
+
+        Args:
+            weight: (out, in) float32 dense weight. kept: (kept,) indices of the inputs that stay.
+            mean: (in,) float32 mean of the dense inputs over calibration tokens.
+        """
+        raise NotImplementedError
 
 
 COMPENSATIONS: Registry[type[Compensation]] = Registry("compensation", "prunetune.methods.compensation")

@@ -1,0 +1,114 @@
+"""What removing units does to the model's output: gates closed, next-token distributions compared with the dense ones.
+
+Legend: B batch, S sequence, T tokens, D hidden, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prunetune.model.gates import GateSet
+from prunetune.model.token_stats import evaluating, hidden_states, logit_softcap, output_head
+from prunetune.model.units import Site
+
+_BLOCK_BYTES = 48 * 2**20
+
+
+class OutputJudge:
+    """Runs a model with units removed on fixed rows.
+
+    Args:
+        model: a transformers causal LM. sites: those whose units may be removed.
+        batches: token ids (B, S), no padding.
+        layers: path of the list of decoder layers.
+    """
+
+    def __init__(self, model: Any, sites: Sequence[Site], batches: Sequence[Tensor], layers: str = "model.layers"):
+        self.model, self._sites = model, tuple(sites)
+        device = next(model.parameters()).device
+        self._batches = [ids.to(device) for ids in batches]
+        self._layers = list(model.get_submodule(layers))
+        self._dense = self._hidden({}, self._batches)
+        self._head, self._softcap = output_head(model), logit_softcap(model.config)
+
+    def divergence(self, kept: Mapping[str, Sequence[int]], share: float = 1.0, *, symmetric: bool = False) -> float:
+        """Mean over tokens of KL(dense || cut) in nats; ``symmetric``: of their Jensen-Shannon divergence.
+
+        Args:
+            kept: site -> indices that stay; an absent site keeps all.
+            share: of the batches that are used, the first ones.
+        """
+        used = max(1, math.ceil(share * len(self._batches)))
+        total, tokens = 0.0, 0
+        for dense_BSD, cut_BSD in zip(self._dense, self._hidden(kept, self._batches[:used])):
+            dense_TD, cut_TD = dense_BSD.flatten(0, 1), cut_BSD.flatten(0, 1)
+            rows = max(1, _BLOCK_BYTES // (4 * self._head.weight.shape[0]))
+            for dense_tD, cut_tD in zip(dense_TD.split(rows), cut_TD.split(rows)):
+                total += float(self._compare(dense_tD, cut_tD, symmetric))
+            tokens += dense_TD.shape[0]
+        return total / tokens
+
+    @torch.no_grad()
+    def _compare(self, dense_TD: Tensor, cut_TD: Tensor, symmetric: bool) -> Tensor:
+        dense_TV, cut_TV = self._log_probabilities(dense_TD), self._log_probabilities(cut_TD)
+        if not symmetric:
+            return _kl(dense_TV, cut_TV)
+        middle_TV = torch.logaddexp(dense_TV, cut_TV) - math.log(2.0)
+        return (_kl(dense_TV, middle_TV) + _kl(cut_TV, middle_TV)) / 2
+
+    def _log_probabilities(self, hidden_TD: Tensor) -> Tensor:
+        logits_TV = self._head(hidden_TD).float()
+        if self._softcap is not None:
+            logits_TV = self._softcap * torch.tanh(logits_TV / self._softcap)
+        return logits_TV.log_softmax(-1)
+
+    def block_change(self, kept: Mapping[str, Sequence[int]]) -> NDArray[np.float64]:
+        """(L,): 1 - mean cosine between each layer's input and output, with units removed."""
+        sums, tokens = np.zeros(len(self._layers)), sum(ids.numel() for ids in self._batches)
+
+        def watch(index: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                before_BSD = args[0] if args else kwargs["hidden_states"]
+                cosine_BS = torch.cosine_similarity(before_BSD.float(), output.float(), dim=-1)
+                sums[index] += float(cosine_BS.double().sum())
+
+            return hook
+
+        handles = [
+            layer.register_forward_hook(watch(index), with_kwargs=True) for index, layer in enumerate(self._layers)
+        ]
+        try:
+            self._hidden(kept, self._batches)
+        finally:
+            for handle in handles:
+                handle.remove()
+        change: NDArray[np.float64] = 1.0 - sums / tokens
+        return change
+
+    @torch.no_grad()
+    def _hidden(self, kept: Mapping[str, Sequence[int]], batches: Sequence[Tensor]) -> list[Tensor]:
+        """Final hidden states (B, S, D) of each batch."""
+        closed = [site for site in self._sites if site.name in kept]
+        gates = GateSet(self.model, closed)
+        gates.attach()
+        try:
+            values = {site.name: torch.zeros(site.size) for site in closed}
+            for site in closed:
+                values[site.name][list(kept[site.name])] = 1.0
+            gates.set(values)
+            with evaluating(self.model):
+                return [hidden_states(self.model, ids_BS)[1] for ids_BS in batches]
+        finally:
+            gates.detach()
+
+
+def _kl(p_TV: Tensor, q_TV: Tensor) -> Tensor:
+    """Sum over tokens of KL(p || q), both log-probabilities."""
+    return (p_TV.exp() * (p_TV - q_TV)).sum()
