@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from prunetune import __version__
-from prunetune.cli.commands import chat, compare, data, doctor, evaluate, export, listing, merge, plan, train
+from prunetune.cli.commands import chat, compare, data, doctor, evaluate, export, listing, merge, plan, prune, train
 from prunetune.core.console import is_main_process
 from prunetune.core.errors import ConfigError, PrunetuneError
 
@@ -45,6 +45,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("prune")(prune.prune)
 app.command("compare")(compare.compare)
 app.command("export")(export.export)
 app.add_typer(data.app, name="data")

@@ -142,7 +142,7 @@ class LayerCollector:
 
     def __init__(self, arch: Architecture, layer: nn.Module, *, products: bool):
         self._arch = arch
-        self._modules = {role: layer.get_submodule(arch.family.modules[role]) for role in CONSUMERS}
+        self._modules: dict[str, Any] = {role: layer.get_submodule(arch.family.modules[role]) for role in CONSUMERS}
         self._moments = {
             role: RunningMoments(module.in_features, products=products) for role, module in self._modules.items()
         }

@@ -146,7 +146,8 @@ class LayerStream:
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         """The layer in memory, applied; (B, S, D)."""
         decoder = self.model.base_model
-        return decoder(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        found: Tensor = decoder(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state
+        return found
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]], kept_layers: Sequence[int] | None = None) -> list[Tensor]:

@@ -14,10 +14,12 @@ class Uniform(Allocation):
     def counts(self, problem: AllocationProblem) -> Counts:
         wanted = wanted_by_kind(problem)
 
-        def distance(shape: Mapping[str, int]) -> float:
-            return sum(p.cost * abs(shape[p.name] - wanted[p.kind] * p.size) for p in problem.places)
+        def rank(shape: Mapping[str, int]) -> tuple[float, int]:
+            away = sum(p.cost * abs(shape[p.name] - wanted[p.kind] * p.size) for p in problem.places)
+            return away, -problem.cost(shape)
 
-        return dict(min(problem.uniform, key=lambda shape: (distance(shape), -problem.cost(shape))))
+        nearest = min(range(len(problem.uniform)), key=lambda index: rank(problem.uniform[index]))
+        return dict(problem.uniform[nearest])
 
 
 def wanted_by_kind(problem: AllocationProblem) -> dict[str, float]:

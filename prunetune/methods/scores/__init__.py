@@ -70,7 +70,7 @@ class ModelFacts:
     price: Callable[[Mapping[str, Tensor]], float]
 
 
-class Score(ABC):
+class Score:
     """A criterion for units.
 
     Args:
@@ -117,7 +117,7 @@ class Score(ABC):
         return {site.name: self.score(site) for site in self.context.sites}
 
 
-class LayerScore(Score):
+class LayerScore(Score, ABC):
     """A criterion that needs one layer at a time."""
 
     def collect(self, facts: LayerFacts) -> None:
@@ -139,7 +139,7 @@ class LayerScore(Score):
         return sum(float(self.units(facts, kind).double().sum()) for kind in ("kv_groups", "mlp_channels"))
 
 
-class ModelScore(Score):
+class ModelScore(Score, ABC):
     """A criterion that needs the whole model at once."""
 
     @property
