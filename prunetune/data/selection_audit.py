@@ -9,39 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from prunetune.data.selection import Selection
+from prunetune.methods import reasons
 from prunetune.methods.ranking import percentiles
 
 AUDIT, TOKENS = "audit.parquet", "tokens.parquet"
 _MOST_NLL = 20.0
-
-REASONS = {
-    "all": "no sample method was asked for, so every row with targets stays",
-    "top": "it is among the {kept} rows that {method} ranks highest",
-    "below": "{method} ranks {kept} other rows higher",
-    "bad_score": "{method} has no finite score for it",
-    "no_target": "it has no target token within the maximum length, so there is nothing to learn from it",
-    "filtered": "it lies outside the limits that {method} was given",
-    "Q1": "perplexity and entropy are both high: likely noise",
-    "Q2": "perplexity is high and entropy low: a confident mistake, worth learning; its tokens may be dropped",
-    "Q3": "perplexity and entropy are both low: the model knows it already",
-    "Q4": "perplexity is low and entropy high: it steadies what the model is unsure of; all its tokens stay",
-    "middle": "it lies between the quadrants, and others lean further to one side",
-    "topup": "it lies in no wanted quadrant, but those hold too few rows, and it leans furthest toward one",
-    "trimmed": "it lies in a wanted quadrant, but those hold too many rows, and others lean further",
-    "unique": "it repeats no row that stays, and was drawn",
-    "duplicate": "it repeats another row",
-    "near_duplicate": "its words are nearly those of another row",
-    "semantic_duplicate": "it means nearly the same as another row",
-    "drawn": "it was drawn by lot",
-    "not_drawn": "it would have been good enough, but the lot fell on others",
-    "hardest": "it is among the hardest rows, which {method} leaves out",
-    "chosen": "it adds most to what the rows chosen before it cover",
-    "covered": "rows that stay lie close to it",
-    "truncated": "its answer was cut, so {method} cannot judge it",
-    "unaided": "its answer is no likelier with its prompt than without",
-    "above": "its loss is not below the mean, and {method} keeps all of those",
-    "below_mean": "its loss is below the mean, and the lot fell on others",
-}
 
 
 def audit_rows(selection: Selection) -> pa.Table:
@@ -94,9 +66,8 @@ def _scores(selection: Selection) -> dict[str, np.ndarray]:
 
 def meaning(selection: Selection, reason: str) -> str:
     """What a reason code says of a row, in words."""
-    known = REASONS.get(reason, "{method} says " + reason)
     method = selection.settings.samples_method or "the selection"
-    return known.format(method=method, kept=int(selection.choice.keep.sum()))
+    return reasons.meaning(reason, method, f"the {int(selection.choice.keep.sum())} rows")
 
 
 def _sentence(selection: Selection, row: int, decision: str, kept: int) -> str:

@@ -16,6 +16,7 @@ from prunetune.core.records import DataBundle, EvalResult, ExportedModel, Prepar
 from prunetune.data.load import PYDOCS, load_bundle
 from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
 from prunetune.methods.compensation import COMPENSATIONS
+from prunetune.methods.deltas import DELTAS
 from prunetune.methods.masks import MASKS
 from prunetune.methods.samples import SAMPLES
 from prunetune.methods.tokens import TOKENS
@@ -23,15 +24,16 @@ from prunetune.model.architecture import describe
 from prunetune.model.budget import describe_kept
 from prunetune.model.planner import Planner
 from prunetune.model.resolve import resolve_model
+from prunetune.pipeline.delta_stage import keep_part
 from prunetune.pipeline.folder import open_folder
-from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer
+from prunetune.pipeline.loading import TRAIN, load_for_training, load_tokenizer
 from prunetune.pipeline.quiet import quiet_libraries
 from prunetune.pipeline.trainer import PruneTuneTrainer
 from prunetune.report.table import before_after_table
 from prunetune.report.write import write_reports
 from prunetune.train.checkpoint import newest
 from prunetune.train.freeze import FREEZE
-from prunetune.train.settings import lora_config, sft_config
+from prunetune.train.settings import lora_config, quantization, sft_config
 
 # Rows of the short validations during training; the evaluation at the end has its own, larger number.
 WATCHED_ROWS = 64
@@ -93,7 +95,7 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
     )
     trainer = train(config, prepared, tokenizer, data, config.prune(), config.folder / TRAIN, resume=resume)
     done = Done(
-        exported=_export(config, trainer, resume),
+        exported=_export(config, trainer, tokenizer, data, resume),
         budget=trainer.planner.describe(trainer.shape),
         steps=trainer.state.max_steps,
         seconds=trained_seconds(config.folder / METRICS),
@@ -137,7 +139,7 @@ def train(
             note(f"{derived.name}: [bold]{derived.value}[/bold] ({derived.reason})")
     watched = data.validation.select(range(min(WATCHED_ROWS, len(data.validation))))
     trainer = PruneTuneTrainer(
-        model=load_base(prepared, config.model.dtype),
+        model=load_for_training(prepared, config.model.dtype, quantization(config)),
         args=sft_config(config, output_dir, steps),
         train_dataset=data.train,
         eval_dataset=watched,
@@ -164,13 +166,17 @@ def train(
     return trainer
 
 
-def _export(config: RunConfig, trainer: PruneTuneTrainer, resume: bool) -> ExportedModel | None:
-    folder = export_folder(config)
+def _export(
+    config: RunConfig, trainer: PruneTuneTrainer, tokenizer: Any, data: DataBundle, resume: bool
+) -> ExportedModel | None:
+    pruned = is_main_process() and not config.delta.keeps_all
     return trainer.export(
-        folder,
+        export_folder(config),
+        deltas=keep_part(config, trainer, tokenizer, data) if pruned else {},
         dtype=config.export.dtype,
         shard_size=config.export.shard_size,
         verify=config.export.verify,
+        base=config.export.base,
         replace=resume,
     )
 
@@ -185,7 +191,7 @@ def _dense(
     same_steps = config.train.model_copy(update={"max_steps": steps})
     plain = config.model_copy(update={"train": same_steps, "data": everything})
     trainer = train(plain, prepared, tokenizer, data, None, folder / TRAIN, resume=resume)
-    trainer.export(folder / "model", dtype=config.export.dtype, verify=False, replace=True)
+    trainer.export(folder / "model", dtype=config.export.dtype, base=config.export.base, verify=False, replace=True)
     trainer.end()
     return folder / "model"
 
@@ -215,6 +221,7 @@ def eval_settings(config: RunConfig) -> EvalSettings:
 def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: Done) -> dict[str, Any]:
     """What the reports cannot read from the run folder."""
     papers = [MASKS.get(config.mask.method).paper, COMPENSATIONS.get(config.compensation.method).paper]
+    papers += [DELTAS.get(config.delta.method).paper]
     samples, tokens = config.data.samples.method, config.data.tokens.method
     papers += [SAMPLES.get(samples).paper] if samples else []
     papers += [TOKENS.get(tokens).paper] if tokens else []
@@ -226,6 +233,7 @@ def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: D
         "budget": done.budget,
         "mask": config.mask.method,
         "compensation": config.compensation.method,
+        "samples": samples,
         "papers": list(dict.fromkeys(paper for paper in papers if paper)),
         "steps": done.steps,
         "seconds": done.seconds,

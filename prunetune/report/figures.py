@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from prunetune.report.delta_figure import delta_figure
 from prunetune.report.gather import RunRecord
 from prunetune.report.training_figure import training_figure
 from prunetune.report.units_figure import kept_units_figure, scores_figure
@@ -20,6 +21,7 @@ def write_figures(record: RunRecord, folder: Path) -> list[Path]:
         ("training.png", training_figure(record.metrics)),
         ("kept_units.png", None if record.plan is None else kept_units_figure(record.plan, record.scores)),
         ("scores.png", scores_figure(record.scores, record.plan)),
+        ("delta.png", delta_figure(record.delta) if record.delta else None),
     ):
         if figure is not None:
             FigureCanvasAgg(figure).print_png(folder / name)

@@ -1,14 +1,14 @@
 """Everything the reports need, read from a run folder once; whatever is missing is left out.
 
-The files are those of a run folder: metrics.jsonl, plan.json, evaluation.json, resolved.yaml, versions.json,
-and scores.safetensors of the freeze.
+The files are those of a run folder: metrics.jsonl, selection.jsonl, plan.json, evaluation.json, resolved.yaml,
+versions.json, delta.json, and scores.safetensors of the freeze.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from prunetune.core.files import read_json
 from prunetune.core.records import EvalResult
 from prunetune.model.plan import Plan
 from prunetune.model.units import parse_site
+from prunetune.report.online import OnlineSelection, read_online
 
 FREEZE_FOLDER = Path("train") / "freeze"
 PHASES = ("warmup", "search", "recover")
@@ -38,6 +39,8 @@ class RunRecord:
         config: text of resolved.yaml.
         versions: package or tool -> version.
         facts: what the caller knows beyond the folder; see ``write_reports``.
+        delta: of delta.json, what dropping a part of what was learnt costs; empty if nothing was dropped.
+        online: what choosing rows and tokens while training came to; None if nothing was chosen.
     """
 
     folder: Path
@@ -49,6 +52,8 @@ class RunRecord:
     config: str
     versions: dict[str, Any]
     facts: dict[str, Any]
+    delta: dict[str, Any] = field(default_factory=dict)
+    online: OnlineSelection | None = None
 
 
 def gather(folder: Path, facts: Mapping[str, Any] | None = None) -> RunRecord:
@@ -72,6 +77,8 @@ def gather(folder: Path, facts: Mapping[str, Any] | None = None) -> RunRecord:
         config=config_file.read_text(encoding="utf-8") if config_file.exists() else "",
         versions=read_json(versions_file) if versions_file.exists() else {},
         facts=dict(facts or {}),
+        delta=read_json(delta_file) if (delta_file := folder / "delta.json").exists() else {},
+        online=read_online(folder / "selection.jsonl", (facts or {}).get("samples") or "the selection"),
     )
 
 

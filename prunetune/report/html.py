@@ -18,6 +18,8 @@ CAPTIONS = {
     "cut; in recover the small model goes on learning, with the steps of a small model.",
     "kept_units.png": "One row per layer of the base model, blue for what stays. A black dot far to the right of the "
     "blue bar means that the channels that stay carry most of what the scores measured.",
+    "delta.png": "Perplexity on held-out rows when so much of what the adapters learnt is dropped before it is merged; "
+    "the dashed line keeps everything. The circle is what this model was made with.",
     "scores.png": "The scores that ranked the units when the plan was frozen. Blue and grey overlap where layers "
     "differ: units compete within their layer, so that every layer keeps the same width.",
 }

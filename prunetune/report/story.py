@@ -10,7 +10,7 @@ from typing import Any
 from prunetune.core.sizes import format_count, format_fraction
 from prunetune.model.plan import Plan
 from prunetune.model.units import KINDS, LAYERS_SITE, parse_site
-from prunetune.report.gather import RunRecord, phase_spans, series
+from prunetune.report.gather import RunRecord, phase_spans
 from prunetune.report.templating import version_rows
 
 _ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{4,5})(?!\d)")
@@ -30,9 +30,12 @@ def story(record: RunRecord, folder: str) -> dict[str, Any]:
         "warnings": notes(record),
         "how_measured": how_measured(record.settings),
         "plan_rows": plan_rows(record.plan) if record.plan else [],
+        "delta_rows": delta_rows(record.delta),
+        "delta_said": delta_said(record.delta),
         "code": loading_code(folder, bool(record.facts.get("conversational"))),
         "verification": verification_rows(record),
         "training": training_rows(record),
+        "online": record.online,
         "papers": papers(record),
         "config": record.config,
         "versions": version_rows(record.versions),
@@ -122,6 +125,30 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     return rows
 
 
+def delta_rows(delta: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(share dropped, perplexity, q) for every rate that was tried."""
+    return [
+        (
+            format_fraction(point["drop"]),
+            f"{point['perplexity']:.2f}",
+            f"{point['median_q']:.3g}" if "median_q" in point else "",
+        )
+        for point in delta.get("curve", ())
+    ]
+
+
+def delta_said(delta: dict[str, Any]) -> str:
+    """What was dropped of what the adapters learnt, in a sentence; empty if nothing was."""
+    if not delta:
+        return ""
+    share = "a part" if delta["drop"] is None else format_fraction(delta["drop"])
+    return (
+        f"Of what the adapters learnt, {delta['method']} dropped {share} before it was merged: perplexity "
+        f"{delta['perplexity']:.2f} instead of {delta['whole_perplexity']:.2f} with everything, on {delta['rows']} "
+        f"held-out rows. What was left open was searched on {delta['searched_on']}."
+    )
+
+
 def training_rows(record: RunRecord) -> list[tuple[str, str]]:
     """(name, value) facts of the training that are known."""
     facts = record.facts
@@ -142,13 +169,11 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _chosen(record: RunRecord) -> str:
-    """What online selection left of rows and target tokens, over the steps that chose; empty if nothing chose."""
-    parts = []
-    for name, meaning in (("rows_kept", "rows"), ("target_tokens_kept", "target tokens")):
-        _, values = series(record.metrics, name)
-        if values:
-            parts.append(f"{format_fraction(sum(values) / len(values))} of the {meaning}")
-    return ", ".join(parts) + " (decisions in selection.jsonl)" if parts else ""
+    """What online selection left of rows and target tokens; empty if nothing chose."""
+    if record.online is None:
+        return ""
+    parts = [f"{format_fraction(kept / whole)} of the {what}" for what, kept, whole in record.online.amounts if whole]
+    return ", ".join(parts) + " (decisions in selection.jsonl)"
 
 
 def verification_rows(record: RunRecord) -> list[tuple[str, str]]:

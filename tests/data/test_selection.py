@@ -12,9 +12,10 @@ import pytest
 
 from prunetune.core.errors import ConfigError, DataError
 from prunetune.data.selection import select, write_selection
-from prunetune.data.selection_audit import REASONS, audit_rows, from_runs, to_runs
+from prunetune.data.selection_audit import audit_rows, from_runs, to_runs
 from prunetune.data.selection_facts import projected_cost, selection_facts
 from prunetune.data.store import StoredScores, write_scores
+from prunetune.methods.reasons import REASONS
 from prunetune.methods.samples import SAMPLES
 from prunetune.model.score_table import ScoreTable
 from tests.data.selections import PROMPT, stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 
 import pytest
@@ -131,3 +132,29 @@ def test_a_damaged_plan_is_an_error_not_a_report(run_folder):
     with pytest.raises(PlanMismatchError):
         write_reports(run_folder)
     assert not (run_folder / "report.html").exists()
+
+
+def test_what_online_selection_came_to_is_told(run_folder, facts):
+    steps = [
+        {
+            "step": step,
+            "rows": [1, 3],
+            "target_tokens": [5, 20],
+            "forward_tokens": [10, 40],
+            "scored": 3,
+            "threshold": None,
+            "kept": [["a", "topup", 1.0]],
+            "dropped": [["b", "Q1", 2.0], [f"c{step}", "Q3", None]],
+        }
+        for step in (1, 2)
+    ]
+    lines = "".join(json.dumps(step) + "\n" for step in steps)
+    (run_folder / "selection.jsonl").write_text(lines + '{"step": 3, "ro')
+    write_reports(run_folder, facts | {"samples": "q_tuning"})
+    page = (run_folder / "report.html").read_text()
+    assert "2 of 6 (33.3%)" in page
+    assert "10 of 40 (25.0%)" in page
+    # Of a, b, c1 and c2 only a was ever trained on.
+    assert "<td>Rows that no step trained on</td><td>75.0%</td>" in page
+    assert "those hold too few rows" in page
+    assert "33.3% of the rows" in (run_folder / "README.md").read_text()
