@@ -186,15 +186,22 @@ def per_unit(arch: Architecture, kind: str, values_F: Tensor) -> Tensor:
     return values_F.reshape(kind_size(arch, kind), -1).sum(1)
 
 
-def owned(arch: Architecture, kind: str, elements: Callable[[str], Tensor]) -> Tensor:
+def owned(
+    arch: Architecture,
+    kind: str,
+    elements: Callable[[str], Tensor],
+    lines: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """(U,): sums of elements of the weight matrices over all rows and columns that each unit owns.
 
     Args:
         elements: role -> (out, in), one number for each element of the weight; asked one matrix at a time.
+        lines: what is done to the sum of each row or column before they are added up.
     """
     total = torch.zeros(kind_size(arch, kind))
     for part in arch.family.units[kind]:
         if isinstance(part, Rows | Columns):
-            lines = elements(part.role).sum(1 if isinstance(part, Rows) else 0)
-            total = total.to(lines) + lines.reshape(-1, span_features(arch, part.span)).sum(1)
+            sums = elements(part.role).sum(1 if isinstance(part, Rows) else 0)
+            sums = sums if lines is None else lines(sums)
+            total = total.to(sums) + sums.reshape(-1, span_features(arch, part.span)).sum(1)
     return total
