@@ -38,7 +38,7 @@ def domain_perplexity(
     model: Any,
     tokenizer: Any,
     rows: Iterable[Mapping[str, Any]],
-    max_length: int = 512,
+    max_length: int | None = 512,
     batch_size: int = 8,
     *,
     completion_only: bool | None = None,
@@ -51,7 +51,7 @@ def domain_perplexity(
 
     Args:
         rows: prompt-completion (plain or conversational), messages or text rows.
-        max_length: longer rows are cut at the end, in tokens.
+        max_length: longer rows are cut at the end, in tokens; None keeps them whole.
         completion_only: see ``token_rows``. assistant_only: see ``token_rows``.
 
     Raises:

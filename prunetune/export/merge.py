@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from prunetune.core.errors import UnsupportedModelError
+from prunetune.export.changed import Changed
+from prunetune.model.quantized import FloatLinear, shape_of
 from prunetune.model.surgery import base_model
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -88,8 +91,10 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[Source]:
     if isinstance(module, ModulesToSaveWrapper):
         active = module.active_adapters
         yield from _walk(module.modules_to_save[active[0]] if active else module.original_module, prefix)
-    elif isinstance(module, LoraLinear | LoraEmbedding):
+    elif isinstance(module, LoraLinear | LoraEmbedding) or _adapts_floats(module):
         yield from _adapted(module, prefix)
+    elif isinstance(module, Changed):
+        yield from _changed(module, prefix)
     elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise UnsupportedModelError(
             f"{prefix.rstrip('.')} is wrapped by {type(module).__name__}, which prunetune cannot merge exactly; "
@@ -98,12 +103,27 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[Source]:
     else:
         for name, tensor in _own_tensors(module):
             _refuse_quantised(prefix + name, tensor)
-            yield Source(prefix + name, tensor.shape, tensor, False, tensor.detach)
+            yield _stored(prefix + name, tensor, module)
         for name, child in module.named_children():
             yield from _walk(child, f"{prefix}{name}.")
 
 
+def _adapts_floats(module: nn.Module) -> bool:
+    """Whether it is PEFT's layer for a quantised linear, which a FloatLinear stands in for."""
+    return isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), FloatLinear)
+
+
+def _stored(name: str, tensor: Tensor, module: nn.Module) -> Source:
+    """A tensor that no adapter changes."""
+    if isinstance(module, FloatLinear) and tensor.is_meta:
+        return Source(name, tensor.shape, tensor, True, lambda: module.weight)
+    return Source(name, tensor.shape, tensor, False, tensor.detach)
+
+
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and buffers; the weight that a FloatLinear makes anew is on the meta device."""
+    if isinstance(module, FloatLinear):
+        yield "weight", torch.empty(shape_of(module), device="meta")
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield name, parameter
@@ -135,6 +155,16 @@ def _adapted(layer: Any, prefix: str) -> Iterator[Source]:
             yield Source(prefix + name, tensor.shape, tensor, True, lambda: _weight(layer, active))
         elif name == "bias" and any(layer.lora_bias.get(adapter) for adapter in active):
             yield Source(prefix + name, tensor.shape, tensor, True, lambda: _bias(layer, active))
+        else:
+            yield _stored(prefix + name, tensor, base)
+
+
+def _changed(layer: Changed, prefix: str) -> Iterator[Source]:
+    """A layer's weight with what is left of its delta, and bias."""
+    for name, tensor in _own_tensors(layer.base_layer):
+        _refuse_quantised(prefix + name, tensor)
+        if name == "weight":
+            yield Source(prefix + name, tensor.shape, tensor, True, layer.weight)
         else:
             yield Source(prefix + name, tensor.shape, tensor, False, tensor.detach)
 

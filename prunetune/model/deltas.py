@@ -179,3 +179,18 @@ def alignment(delta: Delta, inputs: Tensor, energy: float) -> float:
         a = delta.a.double() * delta.scale
         return float((gram * (a * inputs.double() @ a.T)).sum()) / energy
     return sum(float((block.double().square() @ inputs.double()).sum()) for _, block in delta.blocks()) / energy
+
+
+@torch.no_grad()
+def row_influence(delta: Delta, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """((m,) sum_j D_ij x_j, (m,) sum_j (D_ij x_j)^2), float64, for one vector of inputs.
+
+    Args:
+        delta: the delta. inputs: (n,) x.
+    """
+    x = inputs.double()
+    if isinstance(delta, LowRank):
+        a, b = delta.a.double() * delta.scale * x, delta.b.double()
+        return b @ a.sum(1), ((b @ (a @ a.T)) * b).sum(1)
+    parts = [block.double() * x for _, block in delta.blocks()]
+    return torch.cat([part.sum(1) for part in parts]), torch.cat([part.square().sum(1) for part in parts])

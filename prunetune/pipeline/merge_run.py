@@ -17,7 +17,7 @@ from prunetune.core.sizes import format_bytes
 from prunetune.data import prepare, sources
 from prunetune.export.combine import HOWS
 from prunetune.export.stream_merge import MergeSettings, Source, StreamMerge
-from prunetune.methods.deltas import DeltaContext, build_delta, check_delta
+from prunetune.methods.deltas import build_delta, check_delta
 from prunetune.methods.deltas.darex_q import DarexOptions, DarexQ
 from prunetune.model.architecture import describe
 from prunetune.model.delta_file import DeltaFile, base_fingerprint, save_delta
@@ -116,12 +116,11 @@ def save_run(request: MergeRequest, out: Path, *, drop: float) -> None:
         raise DataError(f"{out} exists; name another file")
     merge = ready(request)
     [source] = merge.sources
-    method = DarexQ(DarexOptions(drop=drop, q="closed_form" if request.calibration else 1 - drop))
+    method = DarexQ(DarexOptions(drop=drop, q="closed_form" if request.calibration else (1 - drop) or 1.0))
     divisors: dict[str, float] = {}
     for name in merge.changed:
-        inputs, energy = source.measured.get(name, (None, None))
-        context = DeltaContext(merge.settings.seed, source.name, inputs, energy)
-        known = request.calibration is None or inputs is not None
+        context = source.context(name, merge.settings.seed)
+        known = request.calibration is None or context.inputs is not None
         divisors[name] = method.divisor(merge.delta_of(name)[0][1], context) if known else 1 - drop
     dtype = merge.settings.dtype or torch.bfloat16
     save_delta(out, source.tuned, merge.slices, drop=drop, divisors=divisors, seed=merge.settings.seed, dtype=dtype)
@@ -203,10 +202,10 @@ def _facts(source: Source, name: str, delta: Delta, base_norm: float) -> dict[st
         total += float(block.abs().double().sum())
         square += float(block.double().square().sum())
     found = {"shape": [m, n], "mean_abs": total / (m * n), "relative": math.sqrt(square) / max(base_norm, 1e-30)}
-    inputs, energy = source.measured.get(name, (None, None))
-    if inputs is None or energy is None:
+    seen = source.measured.get(name)
+    if seen is None:
         return found
-    spread = alignment(delta, inputs, energy)
+    spread = alignment(delta, seen.squares, seen.energy)
     errors = {f"{drop:.0%}": math.sqrt(spread * drop / (1 - drop)) for drop in DROPS}
     # Where the predicted error of a layer's change reaches the change itself, nothing of it is left.
     return {**found, "R": spread, "errors": errors, "suggested_drop": 1 / (1 + spread)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -20,7 +20,8 @@ from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
 from prunetune.core.sizes import parse_fraction
 from prunetune.methods.options import MethodOptions, parse_options, problems_of
-from prunetune.model.deltas import Delta, Place, words_of
+from prunetune.model.delta_inputs import Inputs
+from prunetune.model.deltas import Delta, LowRank, Place, words_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,37 @@ class DeltaContext:
         model: name of the adapter or tuned model; masks of different models are independent.
         inputs: (n,) mean square of each input channel over calibration tokens, or None.
         energy: mean of |Dx|^2 over the same tokens, D the whole delta and x the inputs, or None.
+        means: (n,) mean of each input channel over the same tokens, or None.
+        ranks: this tensor's share of a ranking of all tensors: (largest entries that leave, entries that stay after
+            them), or None.
     """
 
     seed: int = 0
     model: str = ""
     inputs: Tensor | None = None
     energy: float | None = None
+    means: Tensor | None = None
+    ranks: tuple[int, int] | None = None
+
+
+def context_of(seed: int, model: str, seen: Inputs | None = None, ranks: tuple[int, int] | None = None) -> DeltaContext:
+    """The context of a tensor whose linear saw these inputs."""
+    if seen is None:
+        return DeltaContext(seed, model, ranks=ranks)
+    return DeltaContext(seed, model, seen.squares, seen.energy, seen.means, ranks)
+
+
+@dataclass(frozen=True)
+class Search:
+    """An option whose value is chosen by trying it on rows.
+
+    Args:
+        option: its name. values: to try, ascending. fixed: what the other options become once it is chosen.
+    """
+
+    option: str
+    values: tuple[float, ...]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 class DropOptions(MethodOptions):
@@ -55,8 +81,11 @@ class DeltaMethod(ABC):
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
-    # Whether it cannot work without inputs seen on calibration rows, with the options it was given.
+    # With the options it was given: whether it needs inputs seen on calibration rows, which option is left to a search,
+    # and whether it ranks the entries of all tensors together.
     calibrated: bool = False
+    search: Search | None = None
+    ranks_all: bool = False
 
     def __init__(self, options: MethodOptions):
         self.options = options
@@ -64,6 +93,14 @@ class DeltaMethod(ABC):
     @abstractmethod
     def apply(self, delta: Delta, context: DeltaContext) -> Delta:
         """The pruned delta, same shape and place."""
+
+    def on_factors(self, delta: LowRank, context: DeltaContext) -> LowRank | None:
+        """The pruned delta as an adapter's factors; None: the method cannot keep it one."""
+        return None
+
+    def ranks_of(self, deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int]]:
+        """Every tensor's share of a common ranking, see ``DeltaContext.ranks``; asked only if ``ranks_all``."""
+        raise NotImplementedError
 
 
 def random_words(place: Place, context: DeltaContext, purpose: str, start: int, stop: int) -> Tensor:
@@ -78,10 +115,29 @@ def build_delta(method: str, options: Mapping[str, Any]) -> DeltaMethod:
     """The delta method called ``method``; raises ConfigError for unknown names, options and values."""
     kind = DELTAS.get(method)
     given = dict(options)
-    for name in ("drop", "rescale"):
+    for name in ("drop", "rescale", "q"):
         if isinstance(given.get(name), str) and given[name][:1].isdigit():
             given[name] = parse_fraction(given[name])
     return kind(parse_options("delta", method, kind.Options, given))
+
+
+def prune_all(
+    method: DeltaMethod, deltas: Mapping[str, Delta], seed: int, model: str, seen: Mapping[str, Inputs]
+) -> dict[str, Delta]:
+    """What a method leaves of every tensor's delta.
+
+    Args:
+        deltas: by tensor. seed: of random masks. model: names them.
+        seen: what each tensor's linear saw. A method that needs that leaves a tensor whole that is no linear's (an
+            embedding).
+    """
+    ranks = method.ranks_of(deltas) if method.ranks_all else {}
+    return {
+        name: delta
+        if method.calibrated and seen and name not in seen
+        else method.apply(delta, context_of(seed, model, seen.get(name), ranks.get(name)))
+        for name, delta in deltas.items()
+    }
 
 
 def check_delta(method: str, options: Mapping[str, Any]) -> list[Problem]:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions, random_words
-from prunetune.model.deltas import Delta, Mapped, threshold
+from prunetune.model.deltas import Delta, LowRank, Mapped, Place, threshold
 
 
 class DareOptions(DropOptions):
@@ -41,12 +41,19 @@ class Dare(DeltaMethod):
 
     def apply(self, delta: Delta, context: DeltaContext) -> Delta:
         dropped = masked(delta, context, self.options.drop)
-        rescale, keep = self.options.rescale, 1 - self.options.drop
-        if rescale == "l1":
+        if self.options.rescale == "l1":
             whole, left = (sum(float(block.abs().sum()) for _, block in part.blocks()) for part in (delta, dropped))
             return divided(dropped, left / whole if whole and left else 1.0)
-        divisor = {"inverse_keep": keep, "none": 1.0}.get(rescale, rescale) if isinstance(rescale, str) else rescale
-        return divided(dropped, float(divisor))
+        return divided(dropped, self._divisor())
+
+    def on_factors(self, delta: LowRank, context: DeltaContext) -> LowRank | None:
+        if self.options.rescale == "l1":
+            return None
+        return masked_factors(delta, context, self.options.drop, self._divisor())
+
+    def _divisor(self) -> float:
+        rescale = self.options.rescale
+        return float({"inverse_keep": 1 - self.options.drop, "none": 1.0}.get(str(rescale), rescale))
 
 
 def masked(delta: Delta, context: DeltaContext, drop: float) -> Delta:
@@ -64,3 +71,15 @@ def masked(delta: Delta, context: DeltaContext, drop: float) -> Delta:
 def divided(delta: Delta, divisor: float) -> Delta:
     """The delta over a number; a divisor of 0 (everything was dropped) or 1 changes nothing."""
     return delta if divisor in (0.0, 1.0) else Mapped(delta, lambda block, start, stop: block / divisor)
+
+
+def masked_factors(delta: LowRank, context: DeltaContext, drop: float, divisor: float) -> LowRank:
+    """The delta with entries of A alone dropped by lot, survivors divided: still an adapter, of the same rank.
+
+    Masking B, or both, is never done: outputs then average over the rank instead of the inputs, and errors grow.
+    """
+    if drop == 0:
+        return delta
+    place = Place(f"{delta.place.name} A", (len(delta.a), delta.place.shape[1]), None, delta.place.columns)
+    stays = random_words(place, context, "dare A", 0, len(delta.a)) < threshold(1 - drop)
+    return LowRank(delta.place, delta.a * stays / (divisor or 1.0), delta.b, delta.scale)

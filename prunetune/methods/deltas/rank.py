@@ -15,6 +15,9 @@ class RankOptions(MethodOptions):
 
     energy: float = Field(0.9, gt=0, le=1, description="share of the squared singular values that stays at least")
     rank: int | None = Field(None, ge=1, description="at most so many directions")
+    drop: float | None = Field(
+        None, ge=0, le=1, description="share of the directions that is dropped, instead of energy"
+    )
 
 
 @DELTAS.register("rank")
@@ -29,12 +32,23 @@ class Rank(DeltaMethod):
         self.options: RankOptions = options
 
     def apply(self, delta: Delta, context: DeltaContext) -> Delta:
+        if self.options.drop == 0:
+            return delta
+        return self._truncated(delta) or delta
+
+    def on_factors(self, delta: LowRank, context: DeltaContext) -> LowRank:
+        return delta if self.options.drop == 0 else self._truncated(delta) or delta
+
+    def _truncated(self, delta: Delta) -> LowRank | None:
+        """None if the delta is zero."""
         left, values, right = decompose(delta)
         energy = values.double().square().cumsum(0)
         if not len(values) or energy[-1] == 0:
-            return delta
-        enough = int(torch.searchsorted(energy, self.options.energy * energy[-1] * (1 - 1e-12))) + 1
-        count = min(enough, len(values), self.options.rank or len(values))
+            return None
+        count = int(torch.searchsorted(energy, self.options.energy * energy[-1] * (1 - 1e-12))) + 1
+        if self.options.drop is not None:
+            count = round((1 - self.options.drop) * len(values))
+        count = min(count, len(values), self.options.rank or len(values))
         root = values[:count].sqrt()
         return LowRank(delta.place, root[:, None] * right[:count], left[:, :count] * root, 1.0)
 

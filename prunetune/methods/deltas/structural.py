@@ -49,3 +49,7 @@ class Structural(DeltaMethod):
         if isinstance(delta, LowRank):
             return LowRank(place, delta.a * mask / (divisor or 1.0), delta.b, delta.scale)
         return divided(Mapped(delta, lambda block, start, stop: block * mask), divisor)
+
+    def on_factors(self, delta: LowRank, context: DeltaContext) -> LowRank | None:
+        pruned = self.apply(delta, context)
+        return pruned if isinstance(pruned, LowRank) else None

@@ -41,7 +41,7 @@ def outer_product():
 def context(seed=0, model="a"):
     outer, dense = outer_product(), lora().whole()
     energy = float(((dense @ outer) * dense).sum())
-    return DeltaContext(seed, model, outer.diagonal().clone(), energy)
+    return DeltaContext(seed, model, outer.diagonal().clone(), energy, torch.linspace(-1, 2, N))
 
 
 def options_of(name, drop):
@@ -145,6 +145,69 @@ def test_closed_form_q_is_the_best_of_a_grid(make, drop):
     grid = np.arange(keep, 1.0001, 0.001)
     best = float(grid[np.argmin([error(q) for q in grid])])
     assert ours == pytest.approx(best, abs=0.001)
+
+
+@pytest.mark.parametrize("make", [lora, full])
+@pytest.mark.parametrize("eta", [0.02, 0.3, 2.0])
+def test_analytic_q_is_the_papers_scan(make, eta):
+    """The scan over q that the paper makes, row by row, for a delta small enough to scan."""
+    delta, means, drop = make(), context().means, 0.9
+    keep, phi = 1 - drop, (1 - 2 * drop) / np.log((1 - drop) / drop)
+    c = delta.whole().double() * means
+    grid = np.arange(keep, 1.0, 0.001)
+    rows = []
+    for row in c:
+        bias, noise = float(row.sum().abs()), float(row.square().sum())
+        bound = eta * (1 - keep / grid) * bias + eta**2 * phi * noise / (4 * grid**2)
+        rows.append(grid[np.argmin(bound)])
+    rows = np.minimum(rows, np.quantile(rows, 0.8))
+    found = build_delta("darex_q", {"drop": drop, "q": "analytic", "eta": eta}).divisor(delta, context())
+    assert found == pytest.approx(rows.mean(), abs=0.002)
+
+
+def test_what_is_left_to_a_search_is_said():
+    assert build_delta("darex_q", {"drop": 0.9}).search.option == "multiplier"
+    searched = build_delta("darex_q", {"drop": "99%", "q": "search"}).search
+    assert (searched.option, searched.values[0], searched.values[-1]) == ("q", pytest.approx(0.01), 1.0)
+    assert build_delta("darex_q", {"q": "analytic"}).search.option == "eta"
+    for settled in ({"q": "closed_form"}, {"q": "30%"}, {"q": "analytic", "eta": 0.5}, {"drop": 0.0}, {"drop": 1.0}):
+        assert build_delta("darex_q", settled).search is None
+    with pytest.raises(DataError, match="search"):
+        applied("darex_q", lora(), 0.5, q="search")
+
+
+@pytest.mark.parametrize("name", ["dare", "darex_q", "structural", "rank", "identity"])
+def test_what_stays_an_adapter_is_one(name):
+    options = {"drop": 0.5} if name != "identity" else {}
+    found = build_delta(name, options).on_factors(lora(), context())
+    assert isinstance(found, LowRank)
+    assert torch.equal(found.b, lora().b) or name == "rank"
+    assert len(found.a) == (R // 2 if name == "rank" else R)
+    columns = torch.tensor([2, 3, 4, 30, 36])
+    a, b = factors()
+    sliced = build_delta(name, options).on_factors(
+        LowRank(Place("w", (M, N), None, columns), a[:, columns], b, 0.5), context_of_columns(columns)
+    )
+    if name in ("dare", "structural", "identity"):
+        torch.testing.assert_close(sliced.whole(), found.whole()[:, columns], atol=1e-6, rtol=1e-5)
+
+
+def context_of_columns(columns):
+    ctx = context()
+    return DeltaContext(ctx.seed, ctx.model, ctx.inputs[columns], ctx.energy, ctx.means[columns])
+
+
+def test_masking_a_alone_is_unbiased_and_keeps_the_rank():
+    runs = [
+        build_delta("dare", {"drop": 0.5}).on_factors(lora(), context(seed)).whole().double() for seed in range(800)
+    ]
+    found = torch.stack(runs)
+    assert ((found.mean(0) - lora().whole()).abs() <= 5 * found.std(0) / 800**0.5 + 1e-6).all()
+    whole = build_delta("dare", {"drop": 0.5}).on_factors(lora(), context())
+    assert torch.equal(whole.b, lora().b)
+    assert float((whole.a == 0).float().mean()) == pytest.approx(0.5, abs=0.1)
+    assert build_delta("magnitude", {}).on_factors(lora(), context()) is None
+    assert build_delta("dare", {"rescale": "l1"}).on_factors(lora(), context()) is None
 
 
 def test_alignment_of_factors_is_that_of_the_matrix():
