@@ -40,6 +40,9 @@ class JointCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.before_optimizer_step(state.global_step)
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._trainer.after_optimizer_step(state.global_step, float(optimizer.param_groups[0]["lr"]))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.stop_after(state.global_step):
             control.should_save = control.should_training_stop = True

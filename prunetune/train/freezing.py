@@ -16,7 +16,6 @@ from prunetune.config.schema import PruneConfig
 from prunetune.core.console import note
 from prunetune.core.errors import ConfigError, PlanMismatchError, Problem
 from prunetune.methods.compensation import build_compensation
-from prunetune.methods.masks import check_mask
 from prunetune.model.architecture import Architecture, describe
 from prunetune.model.budget import Shape, describe_kept, full_shape, plan_shape, total_params
 from prunetune.model.divergence import mean_kl
@@ -37,7 +36,7 @@ from prunetune.train.freeze import (
     load_updates,
     write_freeze,
 )
-from prunetune.train.joint import JointSearch, hard_gates
+from prunetune.train.joint import JointSearch, hard_gates, mask_refusals
 from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
 from prunetune.train.selecting import SelectingTrainer
 
@@ -91,7 +90,7 @@ class FreezingTrainer(SelectingTrainer):
         problems = compat.refusals(self, optimizer)
         linears = {module.rpartition(".")[2] for module in self.dense.family.modules.values()}
         problems += compat.adapter_refusals(self.model, linears)
-        problems += check_mask(self.prune.mask.method, self.prune.mask.options())
+        problems += mask_refusals(self, self.prune)
         compat.raise_if_any(problems)
 
     @property

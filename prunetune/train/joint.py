@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from prunetune.config.presets import PhaseSteps
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import warn
-from prunetune.methods.masks import MaskContext, build_mask, unit_params
+from prunetune.core.errors import Problem
+from prunetune.methods.masks import MASKS, MaskContext, build_mask, check_mask, unit_params
+from prunetune.model.adapters import AdapterView
 from prunetune.model.gates import GateSet, GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
 from prunetune.model.surgery import base_model
+from prunetune.model.units import sites
 
 
 class JointSearch:
@@ -33,11 +36,13 @@ class JointSearch:
         self, model: nn.Module, prune: PruneConfig, planner: Planner, phases: PhaseSteps, *, recompute: bool = False
     ):
         self.planner, self.phases, self._prune = planner, phases, prune
-        self.mask = build_mask(prune.mask.method, prune.mask.options(), MaskContext(planner, phases, prune.seed))
+        method = prune.mask.method
+        adapters = AdapterView(model, planner.arch, planner.sites) if MASKS.get(method).reads_adapters else None
+        self.mask = build_mask(method, prune.mask.options(), MaskContext(planner, phases, prune.seed, adapters))
         least = self.mask.least_search
         if phases.search < least:
             warn(
-                f"mask.method {prune.mask.method} needs some {least} search steps for its gates to settle, and this "
+                f"mask.method {method} needs some {least} search steps for its gates to settle, and this "
                 f"run has {phases.search}: set train.max_steps or phases.search higher, or mask: saliency"
             )
         self.gate_set = GateSet(
@@ -56,6 +61,11 @@ class JointSearch:
     def end_step(self, step: int, reduce: Callable[[GateStatistics], GateStatistics]) -> dict[str, float]:
         """Hands what the gates saw to the mask; ``reduce`` makes it the same on all processes."""
         return self.mask.after_backward(step, reduce(self.gate_set.collect()))
+
+    def after_step(self, step: int, learning_rate: float) -> None:
+        """Lets the mask act on the adapters that the optimizer has just moved."""
+        if step >= self.phases.warmup_end:
+            self.mask.after_step(step, learning_rate)
 
     def use_eval_gates(self, step: int) -> None:
         """Sets deterministic gates for an evaluation."""
@@ -86,6 +96,38 @@ class JointSearch:
         """The plan at the freeze."""
         origin = {"method": self._prune.mask.method, "seed": self._prune.seed, "step": step}
         return self.mask.plan(origin)
+
+
+def mask_refusals(trainer: Any, prune: PruneConfig) -> list[Problem]:
+    """What is wrong with the mask's settings for this trainer, each with what to set instead."""
+    method = prune.mask.method
+    found = check_mask(method, prune.mask.options())
+    if found or not MASKS.get(method).reads_adapters:
+        return found
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        found.append(
+            Problem(
+                f"{method} reads the adapters' gradients, which FSDP and DeepSpeed spread over processes; launch with "
+                "DDP (configs/accelerate/ddp.yaml), or set mask: saliency",
+                "mask.method",
+            )
+        )
+    view = AdapterView(trainer.model, trainer.dense, sites(trainer.dense, prune.target.units))
+    bare = sorted({owner.site for linear in view.linears for owner in linear.owners} - _heard(view))
+    if bare:
+        found.append(
+            Problem(
+                f"{method} ranks units by the adapters on them, and {bare[0]} has none; set lora.targets: all-linear "
+                "(target_modules in LoraConfig), or mask: saliency",
+                "lora.targets",
+            )
+        )
+    return found
+
+
+def _heard(view: AdapterView) -> set[str]:
+    """Sites that some adapter acts on."""
+    return {owner.site for linear in view.linears if linear.adapted for owner in linear.owners}
 
 
 def hard_gates(planner: Planner, plan: Plan) -> dict[str, Tensor]:

@@ -213,6 +213,11 @@ class JointTrainer(FreezingTrainer):
             for name, value in metrics.items():
                 self._metrics["train"][name].append(value)
 
+    def after_optimizer_step(self, step: int, learning_rate: float) -> None:
+        """Lets the mask act on the adapters that have just moved."""
+        if self._search is not None:
+            self._search.after_step(step, learning_rate)
+
     def stop_after(self, step: int) -> bool:
         """Whether the leg ends after ``step`` optimizer steps: the freeze is due, or a stop was asked for."""
         self._stopped_early = self._any_process(self._interruption.requested) and step < self.state.max_steps

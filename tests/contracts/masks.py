@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from prunetune.config.presets import PhaseSteps
 from prunetune.config.schema import TargetConfig
 from prunetune.methods.masks import MASKS, Mask, MaskContext, build_mask
+from prunetune.model.adapters import AdapterView
 from prunetune.model.gates import GateStatistics
 from prunetune.model.planner import Planner
-from tests.support import tiny_arch
+from tests.support import tiny_arch, tiny_model
 
 PHASES = PhaseSteps(warmup_end=3, freeze=15, total=20)
 ALL_KINDS = ("mlp_channels", "kv_groups", "query_heads", "layers")
@@ -40,12 +43,31 @@ def options_of(name: str, folder: Any, of: MaskContext) -> dict[str, Any]:
 def make(name: str, folder: Any, of: MaskContext | None = None, **options: Any) -> Mask:
     """A fresh mask."""
     of = of or context()
+    if MASKS.get(name).reads_adapters:
+        of = with_adapters(of)
     return build_mask(name, {**options_of(name, folder, of), **options}, of)
 
 
+def with_adapters(of: MaskContext) -> MaskContext:
+    """The context with a tiny model's adapters to read; the same ones every time."""
+    arch = of.planner.arch
+    with torch.random.fork_rng(devices=[]):
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(tiny_model(arch.model_type), config)
+    return replace(of, adapters=AdapterView(model, arch, of.planner.sites))
+
+
+def set_gradients(mask: Mask, generator: torch.Generator, scale: float) -> None:
+    """Random gradients of all adapters, as a backward pass would leave them."""
+    for linear in mask.context.adapters.linears if mask.context.adapters else ():
+        for factor in linear.factors()[:2]:
+            factor.grad = scale * torch.randn(factor.shape, generator=generator)
+
+
 def statistics(mask: Mask, seed: int, scale: float = 1.0) -> GateStatistics:
-    """Random gate gradients, and squares if the mask asks for them."""
+    """Random gate gradients, squares if the mask asks for them, and gradients of the adapters if it reads them."""
     generator = torch.Generator().manual_seed(seed)
+    set_gradients(mask, generator, scale)
     grad = {site.name: scale * torch.randn(site.size, generator=generator) for site in mask.sites}
     square = {name: values.square() for name, values in grad.items()} if mask.record_squares else {}
     return GateStatistics(grad, square)
@@ -57,4 +79,5 @@ def run(mask: Mask, first: int, last: int) -> list[dict[str, Tensor]]:
     for step in range(first, last):
         history.append({name: gate.clone() for name, gate in mask.gates(step).items()})
         mask.after_backward(step, statistics(mask, step))
+        mask.after_step(step, 1e-3)
     return history

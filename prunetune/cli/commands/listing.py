@@ -45,7 +45,7 @@ def _masks() -> list[Table]:
     from prunetune.config.schema import MaskConfig
     from prunetune.methods.masks import MASKS
 
-    return _methods(MASKS, "mask", MaskConfig().method)
+    return _methods(MASKS, "mask", MaskConfig().method, ("needs", "cost"))
 
 
 def _compensation() -> list[Table]:
@@ -92,14 +92,25 @@ def _units() -> list[Table]:
     return [table]
 
 
-def _methods(registry: Registry[Any], section: str, default: str | None = None) -> list[Table]:
-    """Names and options of a registry; the last column marks the default or, if there is none, the online methods."""
+def _methods(
+    registry: Registry[Any], section: str, default: str | None = None, facts: tuple[str, ...] = ()
+) -> list[Table]:
+    """Names and options of a registry; the last column marks the default or, if there is none, the online methods.
+
+    ``facts``: further attributes of the methods, each a column.
+    """
     last = "default" if default else "online"
-    table = _table(f"{section}.method", "name", "what it does", "paper", last)
+    table = _table(f"{section}.method", "name", "what it does", "paper", *facts, last)
     options = _table(f"Options of these methods: {section}.KEY", "method", "key", "default", "meaning")
     for name, method in registry.items():
         marked = name == default if default else method.online
-        table.add_row(name, registry.summary(name), method.paper, "yes" if marked else "")
+        table.add_row(
+            name,
+            registry.summary(name),
+            method.paper,
+            *(getattr(method, fact) for fact in facts),
+            "yes" if marked else "",
+        )
         for key, field in method.Options.model_fields.items():
             value = "required" if field.is_required() else _shown(field.default)
             options.add_row(name, key, value, field.description or "")

@@ -18,6 +18,7 @@ from prunetune.config.presets import PhaseSteps
 from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
 from prunetune.methods.options import MethodOptions, parse_options, problems_of
+from prunetune.model.adapters import AdapterView
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
@@ -25,11 +26,19 @@ from prunetune.model.planner import Planner
 
 @dataclass(frozen=True)
 class MaskContext:
-    """What a mask may know: the planner (model, sites, budget), the phases in steps, the run's seed."""
+    """What a mask may know.
+
+    Args:
+        planner: model, sites and budget.
+        phases: in optimizer steps.
+        seed: the run's.
+        adapters: the model's linears with their adapters; only for masks that set ``reads_adapters``.
+    """
 
     planner: Planner
     phases: PhaseSteps
     seed: int
+    adapters: AdapterView | None = None
 
 
 class Mask(ABC):
@@ -42,6 +51,11 @@ class Mask(ABC):
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
+    # For `prunetune list masks`: what it looks at, and what that adds to a step of the search.
+    needs: ClassVar[str] = "gate gradients"
+    cost: ClassVar[str] = "none to speak of"
+    # Whether it looks at adapters or base weights; without, the context has none.
+    reads_adapters: ClassVar[bool] = False
     record_squares: ClassVar[bool] = False
     # Search steps that it needs to be worth anything; with fewer a run warns.
     least_search: int = 0
@@ -68,6 +82,13 @@ class Mask(ABC):
     @abstractmethod
     def scores(self) -> dict[str, Tensor]:
         """site -> (U,) finite scores, higher = keep, in one unit of measure over all kinds."""
+
+    def after_step(self, step: int, learning_rate: float) -> None:  # noqa: B027 - most masks have nothing to do
+        """Called after the optimizer's step; the one moment where a mask with ``reads_adapters`` may change them.
+
+        Args:
+            step: as in ``gates``. learning_rate: of the adapters in that step.
+        """
 
     def parameters(self) -> Iterable[Tensor]:
         """Trainable tensors of the method itself."""
@@ -107,6 +128,20 @@ def check_mask(method: str, options: Mapping[str, Any]) -> list[Problem]:
 def finite(statistics: GateStatistics) -> bool:
     """Whether every number in the statistics is finite."""
     return all(bool(torch.isfinite(t).all()) for part in (statistics.grad, statistics.square) for t in part.values())
+
+
+def in_parameters(planner: Planner, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores without a unit of measure, rescaled so that each site's add up to the parameters of its units.
+
+    Kinds then compete by how unevenly their scores are spread, not by how many pieces they are counted in. Scores
+    must not be negative; a site where all are 0 gets equal ones.
+    """
+    costs, found = unit_params(planner), {}
+    for site in planner.sites:
+        score = scores[site.name].double()
+        mean = score.mean()
+        found[site.name] = (costs[site.kind] * (score / mean if mean > 0 else torch.ones_like(score))).float()
+    return found
 
 
 def unit_params(planner: Planner) -> dict[str, float]:

@@ -37,6 +37,7 @@ class ScheduledMask(Mask):
     def __init__(self, context: MaskContext, options: ScheduleOptions):
         super().__init__(context, options)
         self.options = options
+        self.refresh = options.refresh
         self._gates = {site.name: torch.ones(site.size) for site in self.sites}
         self._target = {site.name: torch.ones(site.size) for site in self.sites}
 
@@ -67,7 +68,7 @@ class ScheduledMask(Mask):
             return {}
         changed = 0.0
         # However rarely it decides, it does so when the ramp ends: the gates must get to the budget.
-        if searched % self.options.refresh == 0 or searched == math.ceil(self._ramp()):
+        if searched % self.refresh == 0 or searched == math.ceil(self._ramp()):
             changed = self._aim(self.way(step))
         self._move()
         return {"units_retargeted": changed}

@@ -61,6 +61,8 @@ class HardConcreteMask(Mask):
 
     Options = HardConcreteOptions
     paper = "arXiv 1712.01312, 2310.06694"
+    needs = "gate gradients per token"
+    cost = "a reduction over each gated input"
     record_squares = True
 
     def __init__(self, context: MaskContext, options: HardConcreteOptions):

@@ -14,6 +14,8 @@ from prunetune.methods.masks._scheduled import ScheduledMask, ScheduleOptions
 class RandomMask(ScheduledMask):
     """Units chosen by lot, on the same schedule: the control that every other mask must beat."""
 
+    needs = "nothing"
+
     def __init__(self, context: MaskContext, options: ScheduleOptions):
         super().__init__(context, options)
         costs = unit_params(context.planner)

@@ -38,6 +38,8 @@ class SaliencyMask(ScheduledMask):
 
     Options = SaliencyOptions
     paper = "arXiv 1801.05787"
+    needs = "gate gradients per token"
+    cost = "a reduction over each gated input"
     record_squares = True
 
     def __init__(self, context: MaskContext, options: SaliencyOptions):

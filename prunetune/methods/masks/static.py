@@ -31,6 +31,7 @@ class StaticMask(ScheduledMask):
     """Follows a given plan: its gates fade together over the search phase."""
 
     Options = StaticOptions
+    needs = "a plan.json"
 
     def __init__(self, context: MaskContext, options: StaticOptions):
         super().__init__(context, options)
