@@ -25,9 +25,9 @@ from prunetune.core.console import console, note
 from prunetune.core.errors import ConfigError, Problem, UnsupportedModelError
 from prunetune.core.records import ExportedModel
 from prunetune.export.pruned import PrunedExport
-from prunetune.methods.allocation import build_allocation, check_allocation, uniform_widths
+from prunetune.methods.allocation import Allocation, build_allocation, check_allocation, uniform_widths
 from prunetune.methods.allocation._problem import problem_of
-from prunetune.methods.compensation import build_compensation, check_compensation
+from prunetune.methods.compensation import Compensation, build_compensation, check_compensation
 from prunetune.methods.scores import (
     SCORES,
     LayerFacts,
@@ -99,7 +99,7 @@ class PruneRequest:
         found = [
             *check_score(self.score, of["score"]),
             *check_allocation(self.allocation, of["allocation"]),
-            *check_compensation(self.compensation, of["compensation"]),
+            *check_compensation(self.compensation, of["compensation"], one_shot=True),
         ]
         if "tokens" in of["compensation"]:
             found.append(Problem("pruning in one shot takes its calibration tokens from --tokens", "compensation"))
@@ -119,10 +119,14 @@ class PruneRequest:
                 found.append(Problem(f"{name} looks at real inputs; name a file of rows", f"{section}: --calibration"))
         return found
 
+    def built(self) -> tuple[Compensation, Allocation]:
+        """The compensation and the allocation."""
+        compensation = build_compensation(self.compensation, self.options.get("compensation", {}), one_shot=True)
+        return compensation, build_allocation(self.allocation, self.options.get("allocation", {}))
+
     def _needs(self) -> list[tuple[str, str, bool]]:
         """(section, method, whether it needs rows)."""
-        compensation = build_compensation(self.compensation, self.options.get("compensation", {}))
-        allocation = build_allocation(self.allocation, self.options.get("allocation", {}))
+        compensation, allocation = self.built()
         score = SCORES.get(self.score)
         return [
             ("score", self.score, bool(score.needs - {"weights"})),
@@ -166,7 +170,9 @@ class _Pruning:
         self.prepared = resolve_model(request.model)
         self.arch = describe(self.prepared.config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.compensation = build_compensation(request.compensation, request.options.get("compensation", {}))
+        self.compensation = build_compensation(
+            request.compensation, request.options.get("compensation", {}), one_shot=True
+        )
         self.allocation = build_allocation(request.allocation, request.options.get("allocation", {}))
         self.bias_fields = self._bias_fields()
         self.planner = self._planner()

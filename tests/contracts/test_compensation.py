@@ -22,7 +22,7 @@ def problem(inputs=12, outputs=7, tokens=200, seed=0, correlated=True):
 
 
 def apply(name, weight, kept, x, **options):
-    method = build_compensation(name, options)
+    method = build_compensation(name, options, one_shot=True)
     return method.weight(weight, kept, x.T @ x if method.tokens else None)
 
 
@@ -32,7 +32,7 @@ def error(weight, found, kept, x):
 
 
 def test_the_methods_are_found():
-    assert {"none", "refit"} <= set(COMPENSATIONS.names())
+    assert {"none", "refit", "mask_tuning", "bias"} <= set(COMPENSATIONS.names())
 
 
 @by_name
@@ -49,7 +49,7 @@ def test_shape_dtype_and_arguments_untouched(name):
     weight, x, kept = problem()
     before, moment = weight.clone(), x.T @ x
     copy = moment.clone()
-    found = build_compensation(name, {}).weight(weight, kept, moment)
+    found = build_compensation(name, {}, one_shot=True).weight(weight, kept, moment)
     assert found.shape == (7, 7)
     assert found.dtype == torch.float32
     assert torch.isfinite(found).all()
@@ -100,12 +100,17 @@ def test_unknown_options_are_refused_with_a_suggestion(name):
     fields = COMPENSATIONS.get(name).Options.model_fields
     known = next(iter(fields), None)
     with pytest.raises(ConfigError) as caught:
-        build_compensation(name, {f"{known or 'x'}s": 1})
+        build_compensation(name, {f"{known or 'x'}s": 1}, one_shot=True)
     assert (f"did you mean {known!r}" if known else "it has no options") in str(caught.value)
-    assert len(check_compensation(name, {f"{known or 'x'}s": 1})) == 1
-    assert check_compensation(name, {}) == []
+    assert len(check_compensation(name, {f"{known or 'x'}s": 1}, one_shot=True)) == 1
+    assert check_compensation(name, {}, one_shot=True) == []
 
 
 def test_unknown_methods_are_refused_with_a_suggestion():
     with pytest.raises(ConfigError, match="did you mean 'refit'"):
         build_compensation("refitt", {})
+
+
+def test_a_bias_is_refused_where_a_model_trains():
+    with pytest.raises(ConfigError, match="only `prunetune prune` can"):
+        build_compensation("bias", {})

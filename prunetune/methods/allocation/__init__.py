@@ -67,6 +67,11 @@ class AllocationProblem:
     seed: int = 0
     judge: Judge | None = None
 
+    @property
+    def fraction(self) -> float:
+        """Part of what the places cost in all that the budget lets stay."""
+        return min(1.0, self.budget / sum(place.cost * place.size for place in self.places))
+
     def cost(self, counts: Mapping[str, int]) -> int:
         """What these counts cost together."""
         return sum(place.cost * counts[place.name] for place in self.places)

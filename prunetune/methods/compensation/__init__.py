@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from prunetune.core.errors import Problem
+from prunetune.core.errors import ConfigError, Problem
 from prunetune.core.registry import Registry
 from prunetune.methods.options import MethodOptions, parse_options, problems_of
 
@@ -58,12 +58,22 @@ class Compensation(ABC):
 COMPENSATIONS: Registry[type[Compensation]] = Registry("compensation", "prunetune.methods.compensation")
 
 
-def build_compensation(method: str, options: Mapping[str, Any]) -> Compensation:
-    """The compensation called ``method``; raises ConfigError for unknown names, options and values."""
+def build_compensation(method: str, options: Mapping[str, Any], *, one_shot: bool = False) -> Compensation:
+    """The compensation called ``method``.
+
+    Args:
+        one_shot: a folder is written from the base's shards, so linears can get a bias that they did not have.
+
+    Raises:
+        ConfigError: unknown names, options and values; one that makes biases in a run that trains.
+    """
     kind = COMPENSATIONS.get(method)
+    if kind.makes_bias and not one_shot:
+        message = f"{method} gives linears a bias, which only `prunetune prune` can; set refit or mask_tuning"
+        raise ConfigError([Problem(message, "compensation.method")])
     return kind(parse_options("compensation", method, kind.Options, options))
 
 
-def check_compensation(method: str, options: Mapping[str, Any]) -> list[Problem]:
+def check_compensation(method: str, options: Mapping[str, Any], *, one_shot: bool = False) -> list[Problem]:
     """The problems that ``build_compensation`` would raise."""
-    return problems_of(lambda: build_compensation(method, options))
+    return problems_of(lambda: build_compensation(method, options, one_shot=one_shot))

@@ -1,0 +1,111 @@
+"""The cheapest sum of per-site losses, found exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+from rich.progress import track
+
+from prunetune.core.console import console
+from prunetune.methods.allocation import ALLOCATIONS, Allocation, AllocationProblem, Counts, Place, Vector, fill
+from prunetune.methods.options import MethodOptions
+
+# Budgets are counted in steps of the costs' largest common divisor, or coarser, so that there are at most so many.
+_MOST_STATES = 20_000
+
+
+class DynamicProgramOptions(MethodOptions):
+    """Options of dynamic_program."""
+
+    distortion: Literal["output", "score"] = Field(
+        "output", description="measure what narrowing one site does to the output, or add up the scores that leave"
+    )
+    grid: int = Field(6, ge=2, description="widths per site that are measured")
+
+
+@ALLOCATIONS.register("dynamic_program")
+class DynamicProgram(Allocation):
+    """The widths with the least sum of per-site distortions inside the budget, by dynamic programming.
+
+    Distortions of sites that are narrowed together nearly add up (to first order, for independent errors). Each site is
+    narrowed alone to every width of a grid, and the KL divergence from the dense model is measured.
+    """
+
+    Options = DynamicProgramOptions
+    paper = "arXiv 2308.10438"
+    cost = "loads the whole model; sites * (grid - 1) forward passes of the rows kept for judging (output)"
+
+    def __init__(self, options: DynamicProgramOptions):
+        super().__init__(options)
+        self.options: DynamicProgramOptions = options
+        self.needs_model = options.distortion == "output"
+
+    def counts(self, problem: AllocationProblem) -> Counts:
+        grids = [self._grid(place) for place in problem.places]
+        if self.needs_model:
+            places = track(list(zip(problem.places, grids)), "narrowing sites", console=console(), transient=True)
+            curves = [self._measured(problem, place, grid) for place, grid in places]
+        else:
+            curves = [problem.lost(place)[list(grid)] for place, grid in zip(problem.places, grids)]
+        prices = [[place.cost * n for n in grid] for place, grid in zip(problem.places, grids)]
+        chosen = cheapest(prices, curves, problem.budget)
+        counts = {place.name: grid[i] for place, grid, i in zip(problem.places, grids, chosen)}
+        return fill(problem, counts, {place.name: float(counts[place.name]) for place in problem.places})
+
+    def _grid(self, place: Place) -> tuple[int, ...]:
+        """Widths in even steps, the smallest and the full one among them."""
+        if not self.needs_model or len(place.choices) <= self.options.grid:
+            return place.choices
+        spots = np.linspace(0, len(place.choices) - 1, self.options.grid).round().astype(int)
+        return tuple(place.choices[spot] for spot in spots)
+
+    @staticmethod
+    def _measured(problem: AllocationProblem, place: Place, grid: Sequence[int]) -> Vector:
+        assert problem.judge is not None
+        return np.array(
+            [0.0 if n == place.size else problem.judge.divergence({place.name: problem.best(place, n)}) for n in grid]
+        )
+
+
+def cheapest(prices: Sequence[Sequence[int]], losses: Sequence[Vector], budget: int) -> list[int]:
+    """One index a list, so that the losses add up to the least while the prices stay within the budget.
+
+    Prices are counted in units of their largest common divisor; if that makes too many states, in coarser units,
+    rounded up, so that the budget holds. Among equal sums the higher index of the last list is taken, then of those
+    before it.
+
+    Raises:
+        ValueError: even the smallest prices are beyond the budget.
+    """
+    finest = math.gcd(*(price for row in prices for price in row))
+    # Rounding up must not put the smallest choices themselves out of reach.
+    unit = max(finest, -(-budget // _MOST_STATES))
+    while unit > finest and sum(-(-min(row) // unit) for row in prices) > budget // unit:
+        unit = max(finest, unit // 2)
+    states = budget // unit
+    best = np.zeros(states + 1)
+    chosen: list[np.ndarray] = []
+    for row, loss in zip(prices, losses):
+        found = np.full(states + 1, np.inf)
+        index_S = np.zeros(states + 1, dtype=np.int32)
+        for index, price in enumerate(row):
+            step = -(-price // unit)
+            if step > states:
+                continue
+            here = np.full(states + 1, np.inf)
+            here[step:] = best[: states + 1 - step] + float(loss[index])
+            better = here <= found
+            found[better], index_S[better] = here[better], index
+        best = found
+        chosen.append(index_S)
+    if not np.isfinite(best[-1]):
+        raise ValueError("the smallest choices together are beyond the budget")
+    state, picks = states, list[int]()
+    for row, index_S in zip(reversed(prices), reversed(chosen)):
+        picks.append(int(index_S[state]))
+        state -= -(-row[picks[-1]] // unit)
+    return picks[::-1]
