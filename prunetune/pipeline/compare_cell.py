@@ -15,10 +15,13 @@ from prunetune.config.presets import total_steps
 from prunetune.core.records import DataBundle, PreparedModel
 from prunetune.data.load import load_bundle
 from prunetune.evaluate.harness import quality
+from prunetune.methods.scores import SCORES
 from prunetune.model.architecture import describe
 from prunetune.model.budget import decoder_params, full_shape, total_params
 from prunetune.model.resolve import resolve_model
 from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer
+from prunetune.pipeline.prune_request import PruneRequest, default_units
+from prunetune.pipeline.prune_run import prune_once
 from prunetune.pipeline.quiet import quiet_libraries
 from prunetune.pipeline.run import eval_settings, train
 
@@ -75,7 +78,7 @@ def _model(cell: Cell, dense: PreparedModel, tokenizer: Any, data: DataBundle) -
     if cell.kind == JOINT:
         prune = config.prune()
     elif cell.kind == ONE_SHOT:
-        start = _pruned(cell, dense)
+        start = _pruned(cell, dense, data)
     else:
         assert cell.kind == DENSE
     trainer = train(config, start, tokenizer, data, prune, config.folder / TRAIN, resume=True)
@@ -83,13 +86,34 @@ def _model(cell: Cell, dense: PreparedModel, tokenizer: Any, data: DataBundle) -
     return trainer.model, total_steps(config.train, len(data.train), 1)
 
 
-def _pruned(cell: Cell, dense: PreparedModel) -> PreparedModel:
+def _pruned(cell: Cell, dense: PreparedModel, data: DataBundle) -> PreparedModel:
     """The base, pruned in one shot on the training rows."""
-    from prunetune.pipeline.prune_run import prune_once
-
-    folder = cell.config.folder / "pruned"
+    config, folder = cell.config, cell.config.folder / "pruned"
+    compensation = config.compensation
+    options = compensation.options()
+    tokens = {"tokens": int(options.pop("tokens"))} if "tokens" in options else {}
+    units = [kind for kind in config.target.units if kind in SCORES.get(cell.score).kinds]
     if not folder.exists():
-        prune_once(cell, dense, folder)
+        prune_once(
+            PruneRequest(
+                model=str(dense.folder),
+                out=folder,
+                # A score that ranks none of the kinds that the others remove competes with those that it ranks.
+                target=config.target.model_copy(update={"units": tuple(units) or default_units(cell.score)}),
+                score=cell.score,
+                allocation=cell.allocation,
+                compensation=compensation.method,
+                options={"compensation": options},
+                calibration=list(data.train),
+                max_length=config.train.max_length,
+                dtype=config.model.dtype,
+                seed=config.seed,
+                # All cells of a seed read the same statistics.
+                cache=config.folder.parent / "prune-cache",
+                verify=config.export.verify,
+                **tokens,
+            )
+        )
     return resolve_model(str(folder))
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from prunetune.config.schema import TargetConfig
 from prunetune.core.console import console, note
-from prunetune.core.errors import ConfigError, Problem, UnsupportedModelError
+from prunetune.core.errors import ConfigError, UnsupportedModelError
 from prunetune.core.records import ExportedModel
 from prunetune.export.pruned import PrunedExport
-from prunetune.methods.allocation import Allocation, build_allocation, check_allocation, uniform_widths
+from prunetune.methods.allocation import uniform_widths
 from prunetune.methods.allocation._problem import problem_of
-from prunetune.methods.compensation import Compensation, build_compensation, check_compensation
 from prunetune.methods.scores import (
-    SCORES,
     LayerFacts,
     LayerScore,
     ModelFacts,
@@ -37,7 +33,6 @@ from prunetune.methods.scores import (
     Score,
     ScoreContext,
     build_score,
-    check_score,
 )
 from prunetune.model.architecture import describe
 from prunetune.model.budget import Budget, Shape, decoder_params, describe_kept, full_shape
@@ -53,93 +48,11 @@ from prunetune.model.shards import ShardReader
 from prunetune.model.surgery import Surgery
 from prunetune.pipeline.calibration_rows import CalibrationRows
 from prunetune.pipeline.loading import load_base, load_tokenizer
+from prunetune.pipeline.prune_request import PruneRequest
 from prunetune.pipeline.quiet import quiet_libraries
 
 # Tokens of one forward pass through one layer.
 BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class PruneRequest:
-    """What is pruned how; as the command line takes it.
-
-    Args:
-        model: folder or name of the base. out: folder to write.
-        target: the budget, the kinds of units, the alignment.
-        score, allocation, compensation: names of methods.
-        options: ``score``, ``allocation`` or ``compensation`` -> that method's own options.
-        calibration: a file of rows, or rows in prompt-completion, messages or text form; None for methods without.
-        tokens: calibration tokens. judge_tokens: kept apart for methods that try cuts out. max_length: of a row.
-        dtype: of the exported weights. shard_size: bytes of a weights file at most. seed: of everything random.
-        cache: where statistics are kept for another size or score; default: ``prune-cache`` beside ``out``.
-        replace: overwrite an earlier export. verify: prove the export in a fresh process.
-    """
-
-    model: str
-    out: Path
-    target: TargetConfig
-    score: str = "wanda"
-    allocation: str = "uniform"
-    compensation: str = "refit"
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    calibration: str | Sequence[Mapping[str, Any]] | None = None
-    tokens: int = 16384
-    judge_tokens: int = 2048
-    max_length: int = 512
-    dtype: str = "bfloat16"
-    shard_size: int = 10**9
-    seed: int = 0
-    cache: Path | None = None
-    replace: bool = False
-    verify: bool = True
-
-    def problems(self) -> list[Problem]:
-        """Everything that cannot work, before anything is read."""
-        of = {section: dict(self.options.get(section, {})) for section in ("score", "allocation", "compensation")}
-        found = [
-            *check_score(self.score, of["score"]),
-            *check_allocation(self.allocation, of["allocation"]),
-            *check_compensation(self.compensation, of["compensation"], one_shot=True),
-        ]
-        if "tokens" in of["compensation"]:
-            found.append(Problem("pruning in one shot takes its calibration tokens from --tokens", "compensation"))
-        units = set(self.target.units)
-        if ("layers" in units and len(units) > 1) or {"kv_groups", "query_heads"} <= units:
-            found.append(
-                Problem(
-                    f"{', '.join(self.target.units)} cannot be spread over together, because the cost of one depends "
-                    "on the other: take layers alone, or mlp_channels with kv_groups or query_heads",
-                    "--units",
-                )
-            )
-        if found or self.calibration is not None:
-            return found
-        for section, name, needs in self._needs():
-            if needs:
-                found.append(Problem(f"{name} looks at real inputs; name a file of rows", f"{section}: --calibration"))
-        return found
-
-    def built(self) -> tuple[Compensation, Allocation]:
-        """The compensation and the allocation."""
-        compensation = build_compensation(self.compensation, self.options.get("compensation", {}), one_shot=True)
-        return compensation, build_allocation(self.allocation, self.options.get("allocation", {}))
-
-    def _needs(self) -> list[tuple[str, str, bool]]:
-        """(section, method, whether it needs rows)."""
-        compensation, allocation = self.built()
-        score = SCORES.get(self.score)
-        return [
-            ("score", self.score, bool(score.needs - {"weights"})),
-            ("allocation", self.allocation, allocation.needs_model),
-            ("compensation", self.compensation, bool(compensation.tokens) or compensation.makes_bias),
-        ]
-
-
-def default_units(score: str) -> tuple[str, ...]:
-    """The kinds of units that are pruned if nobody says: the usual ones that the score can rank, or whole layers."""
-    usual = TargetConfig.model_fields["units"].default
-    kinds = SCORES.get(score).kinds
-    return tuple(kind for kind in usual if kind in kinds) or ("layers",)
 
 
 def prune_once(request: PruneRequest) -> ExportedModel:
@@ -170,10 +83,7 @@ class _Pruning:
         self.prepared = resolve_model(request.model)
         self.arch = describe(self.prepared.config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.compensation = build_compensation(
-            request.compensation, request.options.get("compensation", {}), one_shot=True
-        )
-        self.allocation = build_allocation(request.allocation, request.options.get("allocation", {}))
+        self.compensation, self.allocation = request.built()
         self.bias_fields = self._bias_fields()
         self.planner = self._planner()
         context = ScoreContext(self.arch, self.planner.sites, request.seed)

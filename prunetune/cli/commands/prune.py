@@ -46,7 +46,8 @@ def prune(
 ) -> None:
     """Prune a model in one shot: score, allocate, compensate, write. No training; one layer in memory at a time."""
     from prunetune.core.sizes import parse_bytes
-    from prunetune.pipeline.prune_run import PruneRequest, prune_once
+    from prunetune.pipeline.prune_request import PruneRequest
+    from prunetune.pipeline.prune_run import prune_once
 
     request = PruneRequest(
         model=model,
@@ -76,7 +77,7 @@ def _target(text: str, units: list[str] | None, align: int, score: str) -> Any:
 
     from prunetune.config.schema import TargetConfig
     from prunetune.core.errors import ConfigError, Problem
-    from prunetune.pipeline.prune_run import default_units
+    from prunetune.pipeline.prune_request import default_units
 
     field = "size" if text.lower().endswith("b") and not text[:-1].replace(".", "").isdigit() else "kept"
     if field == "kept" and text[-1:].lower() in ("k", "m", "b"):
