@@ -17,6 +17,7 @@ from prunetune.core.files import free_bytes
 from prunetune.core.sizes import format_bytes
 
 _OPTIONAL = {
+    "bitsandbytes": "model.quantize: bases in 4 and 8 bit",
     "gguf": "reads GGUF base models, the quickstart's among them",
     "wandb": "train.report_to: [wandb]",
     "tensorboard": "train.report_to: [tensorboard]",

@@ -16,6 +16,7 @@ from prunetune.config.selection_rules import run_faults, selection_cautions
 from prunetune.config.upstream import OWN_SETTING, scheduler_names, sft_fields
 from prunetune.core.errors import Problem, suggest
 
+QUANTIZE_INSTALL = "pip install 'bitsandbytes>=0.50,<0.51'"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # What a tracker's name in report_to needs installed; other names are left to transformers.
 _TRACKERS = {
@@ -33,7 +34,7 @@ def check(config: RunConfig) -> list[Problem]:
     """Every combination in ``config`` that cannot work; ``field`` is the dotted key to change."""
     rules = (
         *(_target, _data, _data_files, run_faults, _loss, _steps, _further_sft, _trackers),
-        *(_lora, _delta, _folders, _evaluate),
+        *(_lora, _delta, _quantized, _folders, _evaluate),
     )
     return [Problem(message, field=field) for rule in rules for field, message in rule(config)]
 
@@ -183,6 +184,14 @@ def _delta(config: RunConfig) -> Iterator[Finding]:
     for field, user, off in (("strength", "regularize", "none"), ("train_drop_unit", "train_drop", 0.0)):
         if getattr(delta, user) == off and getattr(delta, field) != type(delta).model_fields[field].default:
             yield f"delta.{field}", f"is not used without delta.{user}; set that, or remove this"
+
+
+def _quantized(config: RunConfig) -> Iterator[Finding]:
+    kind = config.model.quantize
+    if kind and importlib.util.find_spec("bitsandbytes") is None:
+        yield "model.quantize", f"{kind} needs bitsandbytes; {QUANTIZE_INSTALL}, or remove it"
+    if config.export.base == "source" and not kind:
+        yield "export.base", "is source, which differs for a quantised base only; set model.quantize, or remove it"
 
 
 def _folders(config: RunConfig) -> Iterator[Finding]:

@@ -64,6 +64,9 @@ class ModelConfig(Section):
     name: str = Field(description="local folder, Hugging Face Hub id, or a short name such as smollm2-135m")
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     dtype: Dtype = Field("float32", description="the frozen base weights' dtype while training")
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(
+        None, description="keep the base's linear weights in 4 or 8 bit while training (QLoRA); needs bitsandbytes"
+    )
 
 
 class SampleConfig(MethodSection):
@@ -267,6 +270,11 @@ class ExportSection(Section):
     dtype: Dtype = Field("bfloat16", description="dtype of the exported weights")
     folder: Path | None = Field(None, description="default: <run folder>/compact")
     shard_size: Bytes = Field(5 * 10**9, description="a weights file is at most this large")
+    base: Literal["trained", "source"] = Field(
+        "trained",
+        description="what a quantised run's adapters are merged onto: the (dequantised) weights that they were trained "
+        "with, or the original ones",
+    )
     verify: bool = Field(True, description="reload with stock transformers in a fresh process and compare")
 
 

@@ -25,6 +25,8 @@ from prunetune.core.files import read_json, write_json
 from prunetune.core.streams import stream
 from prunetune.export.live import float32_noise, in_float32, largest_difference, logits, undecorated
 from prunetune.export.merge import merged_tensors
+from prunetune.export.merge_base import describe_difference, difference_to_trained
+from prunetune.model.quantized import count_parameters
 from prunetune.model.shards import ShardReader
 from prunetune.model.surgery import base_model
 
@@ -44,7 +46,9 @@ _LEAST_DISTINCT = 8
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def verify_export(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def verify_export(
+    model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype, trained: list[Tensor] | None = None
+) -> dict[str, Any]:
     """Compares a folder with the live model that it was written from.
 
     Args:
@@ -52,11 +56,13 @@ def verify_export(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.d
         tokenizer: gives the prompts; None takes random token ids.
         folder: what ``export_model`` wrote.
         dtype: of its weights.
+        trained: logits of the quantised model that ``model`` stands for, for the same prompts.
 
     Returns:
         Measurements: ``merge_difference``, ``rounding_difference`` (the derived bound of a 16-bit export: what
         rounding the weights alone does to the logits), ``reload_difference``, ``cache_difference``,
-        ``padding_difference``, ``near_ties``, and the tolerance that the others had to meet.
+        ``padding_difference``, ``near_ties``, the tolerance that the others had to meet, and for a quantised model
+        ``from_trained`` (see merge_base.py).
 
     Raises:
         ExportError: a check failed or the fresh process did not finish.
@@ -77,6 +83,7 @@ def verify_export(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.d
     _require_equal_files(merged, folder, dtype)
     _round(merged, dtype)
     expected = live if dtype == torch.float32 else logits(merged, prompts, device)
+    from_trained = {} if trained is None else {"from_trained": difference_to_trained(trained, expected)}
     answer = fresh_process(model, folder, prompts, texts, expected, device)
     judge.sequences = [prompt + more for prompt, more in zip(prompts, answer["continuations"])]
     judge.require("the reloaded model differs from the live one", answer["logit_difference"])
@@ -97,6 +104,7 @@ def verify_export(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.d
         "near_ties": answer["near_ties"],
         "class": answer["class"],
         "seconds": round(time.monotonic() - start, 1),
+        **from_trained,
     }
     _say(result)
     return result
@@ -110,6 +118,8 @@ def _say(result: dict[str, Any]) -> None:
         f"(merge {result['merge_difference']:.1e}), {result['generated_tokens']} greedy tokens equal with and "
         f"without cache and left-padded{bound} [{result['seconds']:.0f} s]"
     )
+    if "from_trained" in result:
+        note(describe_difference(result["from_trained"]))
     for tie in result["near_ties"]:
         note(
             f"near-tie {tie['way']}, prompt {tie['prompt']}, token {tie['position']}: the two best logits are "
@@ -147,7 +157,7 @@ def _device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters())
     if parameter.device.type != "cuda":
         return torch.device("cpu")
-    needed = 3 * 4 * sum(p.numel() for p in model.parameters())
+    needed = 3 * 4 * count_parameters(model)
     free, _ = torch.cuda.mem_get_info(parameter.device)
     return parameter.device if free > needed else torch.device("cpu")
 
@@ -224,7 +234,7 @@ def fresh_process(
             "answer": str(scratch / "answer.json"),
         }
         write_json(scratch / "request.json", request)
-        _run(scratch, limit_s=600 + sum(p.numel() for p in model.parameters()) / 1e6)
+        _run(scratch, limit_s=600 + count_parameters(model) / 1e6)
         answer: dict[str, Any] = read_json(scratch / "answer.json")
     if answer["faults"]:
         raise ExportError("the export did not verify, it was discarded: " + "; ".join(answer["faults"]))

@@ -27,8 +27,10 @@ from prunetune.core.files import free_bytes, new_folder, write_json
 from prunetune.core.records import ExportedModel
 from prunetune.core.sizes import format_bytes
 from prunetune.export.merge import merged_tensors, ties_hold, untied_sources
-from prunetune.export.verify import verify_export
+from prunetune.export.merge_base import merged_onto, merging_onto, trained_logits
+from prunetune.export.verify import prompts_for, verify_export
 from prunetune.model.shards import ShardReader, ShardWriter
+from prunetune.model.source import SourceWeights
 from prunetune.model.surgery import base_model
 
 METADATA_FILE = "prunetune.json"
@@ -56,6 +58,7 @@ def export_model(
     metadata: Mapping[str, Any] | None = None,
     replace: bool = False,
     verify: bool = True,
+    source: SourceWeights | None = None,
 ) -> ExportedModel:
     """Writes the live model as a folder that stock transformers opens, and proves that it is the same model.
 
@@ -69,32 +72,37 @@ def export_model(
         metadata: anything JSON, kept in prunetune.json.
         replace: an earlier export (or empty folder) at ``folder`` is replaced.
         verify: reload in a fresh process and compare (verify.py).
+        source: of a quantised model, the weights to merge onto; default: the dequantised ones (merge_base.py).
 
     Raises:
         ExportError: the folder exists, no space, or the check failed; what stood there is untouched.
-        UnsupportedModelError: a quantised base, a custom class, an adapter that has no exact merge.
+        UnsupportedModelError: a base quantised by others than bitsandbytes, a custom class, an adapter that has no
+            exact merge.
 
     Example:
         >>> export_model(trainer.model, tokenizer, Path("compact"), dtype="bfloat16")    # doctest: +SKIP
     """
-    folder, kind = Path(folder), weights_dtype(dtype)
+    folder, kind, base = Path(folder), weights_dtype(dtype), merged_onto(model, source)
     refuse_existing(folder, replace)
-    sources = untied_sources(model)
-    config = export_config(model, kind)
-    probe(config, {source.name: tuple(source.shape) for source in sources})
-    needed = sum(math.prod(source.shape) for source in sources) * kind.itemsize
-    require_space(folder, needed)
+    trained = trained_logits(model, prompts_for(model, tokenizer)[0]) if verify else None
     verification: dict[str, Any] = {}
-    with writing(folder), new_folder(folder, replace=replace) as temporary:
-        ShardWriter(temporary, shard_size).write(merged_tensors(model, kind))
-        _write_beside(model, tokenizer, config, temporary)
-        if plan is not None:
-            plan.save(temporary / PLAN_FILE)
-        if verify:
-            verification = verify_export(model, tokenizer, temporary, kind)
-        facts = export_facts(temporary, config, kind, metadata, verification)
-        write_json(temporary / METADATA_FILE, facts)
-    note(f"exported {format_bytes(needed)} of weights to {folder}")
+    with merging_onto(model, source):
+        parts = untied_sources(model)
+        config = export_config(model, kind)
+        probe(config, {part.name: tuple(part.shape) for part in parts})
+        needed = sum(math.prod(part.shape) for part in parts) * kind.itemsize
+        require_space(folder, needed)
+        with writing(folder), new_folder(folder, replace=replace) as temporary:
+            ShardWriter(temporary, shard_size).write(merged_tensors(model, kind))
+            _write_beside(model, tokenizer, config, temporary)
+            if plan is not None:
+                plan.save(temporary / PLAN_FILE)
+            if verify:
+                verification = verify_export(model, tokenizer, temporary, kind, trained)
+            metadata = {**(metadata or {}), **({"merged_onto": base} if base else {})}
+            facts = export_facts(temporary, config, kind, metadata, verification)
+            write_json(temporary / METADATA_FILE, facts)
+    note(f"exported {format_bytes(needed)} of weights to {folder}{f'; merged onto {base}' if base else ''}")
     return ExportedModel(folder, verification)
 
 

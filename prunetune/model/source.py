@@ -34,33 +34,46 @@ _FLOATS = ("F32", "BF16", "F16")
 
 
 class SourceWeights:
-    """The linear weights of the folder that a model was loaded from, one at a time.
+    """The original linear weights of a quantised model, read from the folder that it was loaded from, one at a time.
 
     Args:
-        model: a quantised transformers model (or PeftModel of one); its config says where it came from.
+        model: a transformers model (or PeftModel of one); its config says where it came from.
+        surgery: what it was sliced with, if it was.
+        updates: dense path -> (O, I) compensated weight, already sliced, that is taken instead.
 
     Raises:
-        UnsupportedModelError: the folder is not there, or holds no 16-bit weights of this model.
+        UnsupportedModelError: the folder is not there.
     """
 
-    def __init__(self, model: nn.Module):
-        config = base_model(model).config
-        self.folder = _folder(config)
+    def __init__(self, model: nn.Module, surgery: Surgery | None = None, updates: Mapping[str, Tensor] | None = None):
+        self.folder = _folder(base_model(model).config)
+        self.updates = updates or {}
+        self._cuts = surgery.cuts if surgery is not None else {}
+        self._dense = {surgery.sliced_path(path): path for path in self._cuts} if surgery is not None else {}
         self._reader = ShardReader(self.folder)
 
+    def dense_path(self, path: str) -> str:
+        """The path in the dense model of a linear of this one."""
+        return self._dense.get(path, path)
+
     def weight(self, path: str) -> Tensor:
-        """(O, I) of the linear at ``path`` in the dense model, as stored."""
+        """(O, I) of a linear of this model, sliced if the model is; raises UnsupportedModelError without one."""
+        dense = self.dense_path(path)
+        if dense in self.updates:
+            return self.updates[dense]
         self.require(path)
-        return self._reader.read(f"{path}.weight")
+        weight = self._reader.read(f"{dense}.weight")
+        return self._cuts[dense].apply("weight", weight) if dense in self._cuts else weight
 
     def require(self, path: str, shape: tuple[int, ...] | None = None) -> None:
-        """Raises UnsupportedModelError unless the folder has that weight in 16 or 32 bit (and in that shape)."""
-        entry = self._reader.entries.get(f"{path}.weight")
+        """Raises UnsupportedModelError unless the folder has that weight in 16 or 32 bit, and in that dense shape."""
+        name = f"{self.dense_path(path)}.weight"
+        entry = self._reader.entries.get(name)
         if entry is None or entry.dtype not in _FLOATS or (shape is not None and entry.shape != shape):
             found = "nothing" if entry is None else f"{entry.dtype} of shape {entry.shape}"
             raise UnsupportedModelError(
-                f"{self.folder} has {found} for {path}.weight. A quantised base is cut in the 16-bit weights that it "
-                "was made from: load the original model, which is not quantised on disk, with a quantisation config"
+                f"{self.folder} has {found} for {name}. A quantised base is cut in the 16-bit weights that it was made "
+                "from: load the original model, which is not quantised on disk, with a quantisation config"
             )
 
 
@@ -120,17 +133,16 @@ def requantize(model: nn.Module, surgery: Surgery, updates: Mapping[str, Tensor]
     """
     base, largest = base_model(model), 0.0
     waiting = float_linears(base)
-    source = SourceWeights(base) if waiting else None
-    dense_paths = {surgery.sliced_path(path): path for path in surgery.cuts}
+    source = SourceWeights(base, surgery, updates) if waiting else None
     for path, linear in waiting.items():
         assert source is not None
-        dense = dense_paths[plain_path(path)]
-        wanted = updates.get(dense)
-        if wanted is None:
-            wanted = surgery.cuts[dense].apply("weight", source.weight(dense))
-            _require_near(linear.weight, wanted, f"{dense} is not what {source.folder} holds")
-        layer = quantize_like(linear.replaced[0], wanted.to(linear.replaced[0].weight.device), linear.bias)
-        fault = f"{dense} cannot be quantised again: its weights spread too far for one scale a block"
+        plain = plain_path(path)
+        wanted, name = source.weight(plain), source.dense_path(plain)
+        if name not in updates:
+            _require_near(linear.weight, wanted, f"{name} is not what {source.folder} holds")
+        old = linear.replaced[0]
+        layer = quantize_like(old, wanted.to(old.weight.device), linear.bias)
+        fault = f"{name} cannot be quantised again: its weights spread too far for one scale a block"
         largest = max(largest, _require_near(weight_of(layer), wanted, fault))
         base.set_submodule(path, layer)
     return largest
@@ -140,7 +152,7 @@ def _require_near(found: Tensor, wanted: Tensor, fault: str) -> float:
     error = relative_error(found, wanted)
     if not error <= LARGEST_ERROR:
         raise UnsupportedModelError(
-            f"{fault}: they differ by {error:.0%}, where rounding to 4 bit gives 9 to 13% (bound {LARGEST_ERROR:.0%}). "
+            f"{fault}: off by {error:.0%}, where rounding to 4 bit gives 9 to 13% (bound {LARGEST_ERROR:.0%}). "
             "Load the quantised base from the folder that config._name_or_path names, unchanged"
         )
     return error

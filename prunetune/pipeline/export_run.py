@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any, Literal
 
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from prunetune.config.schema import RunConfig, TargetConfig
 from prunetune.core.console import note, warn
-from prunetune.core.errors import DataError
+from prunetune.core.errors import ConfigError, DataError, Problem
+from prunetune.core.files import read_json
 from prunetune.core.records import ExportedModel, PreparedModel
 from prunetune.data.load import load_bundle
+from prunetune.export.changed import with_deltas
 from prunetune.export.write import export_model
+from prunetune.model.architecture import describe
+from prunetune.model.deltas import Delta
+from prunetune.model.plan import Plan
 from prunetune.model.resolve import resolve_model
+from prunetune.model.source import SourceWeights
+from prunetune.model.surgery import Surgery
+from prunetune.pipeline.delta_stage import DELTA_FILE, DeltaStage, search_rows
 from prunetune.pipeline.folder import read_config
-from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer, load_trained
+from prunetune.pipeline.loading import TRAIN, load_for_training, load_tokenizer, load_trained
 from prunetune.pipeline.quiet import quiet_libraries
 from prunetune.pipeline.trainer import PruneTuneTrainer
-from prunetune.train.freeze import FREEZE, SCORES_FILE
-from prunetune.train.settings import sft_config
+from prunetune.train.freeze import FREEZE, SCORES_FILE, load_updates
+from prunetune.train.settings import quantization, sft_config
 
 
 def export_run(
-    folder: Path, out: Path, *, target: str | None = None, dtype: str | None = None, replace: bool = False
+    folder: Path,
+    out: Path,
+    *,
+    target: str | None = None,
+    dtype: str | None = None,
+    base: Literal["trained", "source"] | None = None,
+    replace: bool = False,
 ) -> ExportedModel:
     """Exports the model of a run folder.
 
@@ -33,6 +48,7 @@ def export_run(
         out: where the model goes.
         target: another budget, e.g. ``80%``; default: the run's plan, with its recover phase.
         dtype: of the exported weights; default: the run's.
+        base: what a quantised run's adapters are merged onto; default: as in the run.
         replace: overwrite ``out``.
 
     Returns:
@@ -44,18 +60,45 @@ def export_run(
     quiet_libraries()
     config = read_config(Path(folder))
     prepared = resolve_model(config.model.name, config.model.revision)
-    dtype = dtype or config.export.dtype
+    dtype, base = dtype or config.export.dtype, base or config.export.base
+    if base == "source" and not config.model.quantize:
+        raise ConfigError([Problem("source differs for a quantised run only, and this one was not", "--base")])
     if target is not None:
-        return _retarget(config, prepared, Path(out), target, dtype, replace)
-    model, plan = load_trained(Path(folder), prepared, config.model.dtype)
-    metadata = {"plan": plan.digest()}
-    return export_model(
-        model, load_tokenizer(prepared), Path(out), dtype=dtype, plan=plan, metadata=metadata, replace=replace
-    )
+        return _retarget(config, prepared, Path(out), target, dtype, base, replace)
+    model, plan = load_trained(Path(folder), prepared, config.model.dtype, quantization(config))
+    source = None
+    if base == "source":
+        freeze, surgery = config.folder / TRAIN / FREEZE, Surgery(describe(prepared.config), plan)
+        source = SourceWeights(model, surgery, load_updates(freeze))
+    metadata, tokenizer = {"plan": plan.digest()}, load_tokenizer(prepared)
+    with with_deltas(model, _deltas(config, prepared, model, tokenizer, plan)):
+        return export_model(
+            model, tokenizer, Path(out), dtype=dtype, plan=plan, metadata=metadata, replace=replace, source=source
+        )
+
+
+def _deltas(config: RunConfig, prepared: PreparedModel, model: Any, tokenizer: Any, plan: Plan) -> dict[str, Delta]:
+    """What the run left of its deltas; searched now if it was stopped before it came to that."""
+    if config.delta.keeps_all:
+        return {}
+    data = load_bundle(config.data, tokenizer=tokenizer, max_length=config.train.max_length, seed=config.seed)
+    rows, _ = search_rows(config, tokenizer, data)
+    surgery = Surgery(describe(prepared.config), plan)
+    stage = DeltaStage(model, tokenizer, surgery, config.delta, config.seed, rows)
+    if (config.folder / DELTA_FILE).is_file():
+        facts = read_json(config.folder / DELTA_FILE)
+        return stage.pruned(stage.build(facts["options"]), facts["q"])
+    return stage.pruned(stage.build(stage.settle().options))
 
 
 def _retarget(
-    config: RunConfig, prepared: PreparedModel, out: Path, target: str, dtype: str, replace: bool
+    config: RunConfig,
+    prepared: PreparedModel,
+    out: Path,
+    target: str,
+    dtype: str,
+    base: Literal["trained", "source"],
+    replace: bool,
 ) -> ExportedModel:
     """Cuts the model of the freeze to another budget: same scores, same adapters, compensation, no recover phase."""
     freeze = config.folder / TRAIN / FREEZE
@@ -66,7 +109,9 @@ def _retarget(
     data = load_bundle(config.data, tokenizer=tokenizer, max_length=config.train.max_length, seed=config.seed)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = PruneTuneTrainer(
-            model=PeftModel.from_pretrained(load_base(prepared, config.model.dtype), freeze / "adapter"),
+            model=PeftModel.from_pretrained(
+                load_for_training(prepared, config.model.dtype, quantization(config)), freeze / "adapter"
+            ),
             args=sft_config(config, Path(scratch), 1),
             train_dataset=data.train,
             processing_class=tokenizer,
@@ -79,6 +124,6 @@ def _retarget(
             "no recover phase follows this cut. To train the smaller model on: `prunetune train CONFIG "
             f"target.kept={target} mask.method=static mask.plan={out / 'plan.json'}`"
         )
-        exported = trainer.export(out, dtype=dtype, replace=replace)
+        exported = trainer.export(out, dtype=dtype, base=base, replace=replace)
     assert exported is not None
     return exported

@@ -12,13 +12,16 @@ import re
 
 from prunetune.config.schema import RunConfig
 from prunetune.model.architecture import Architecture
-from prunetune.model.budget import DTYPE_BYTES, Shape, layer_decoder_params, total_params
+from prunetune.model.budget import DTYPE_BYTES, Shape, decoder_params, layer_decoder_params, total_params
 
 # TRL's fused head works on tiles of logits of at most this many tokens and columns. Without a GPU kernel about
 # nine float32 copies of a tile are alive at once; with one, a single tile in the compute dtype.
 _TILE_TOKENS, _TILE_COLUMNS, _TILE_COPIES = 4096, 32768, 9
 # Python, torch and the other libraries before anything is loaded.
 _LIBRARIES_BYTES = 450 * 10**6
+# Bytes of a quantised parameter: its code, and its share of a block's scale (64 weights), which 4-bit kinds keep in a
+# byte plus a share of a second scale (256 blocks); int8 has one float32 scale a row, which is too little to count.
+_STORED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "fp4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 # Adapter weight, gradient and AdamW's two moments, all float32.
 _TRAINED_BYTES = 16
 
@@ -54,8 +57,9 @@ def training_memory(arch: Architecture, shape: Shape, config: RunConfig, *, gpu:
     tokens = config.train.batch_size * config.train.max_length
     adapters = lora_params(arch, shape, config.lora.rank, config.lora.targets)
     parts = {
-        "base weights": total_params(arch, shape) * DTYPE_BYTES[config.model.dtype],
+        "base weights": _base_bytes(arch, shape, config),
         "bfloat16 copies of them": _copies_bytes(arch, shape, config),
+        "one weight, dequantised": _dequantized_bytes(arch, shape, config),
         "adapters and optimizer": adapters * _TRAINED_BYTES,
         "activations": tokens * _activation_bytes_per_token(arch, shape, config),
         "logits": _head_bytes(arch, tokens, gpu),
@@ -63,9 +67,25 @@ def training_memory(arch: Architecture, shape: Shape, config: RunConfig, *, gpu:
     return {name: size for name, size in parts.items() if size} | ({} if gpu else {"libraries": _LIBRARIES_BYTES})
 
 
+def _base_bytes(arch: Architecture, shape: Shape, config: RunConfig) -> int:
+    """The decoder's linears as they are stored, everything else in the base's dtype."""
+    total, linears = total_params(arch, shape), decoder_params(arch, shape)
+    dtype_bytes = DTYPE_BYTES[config.model.dtype]
+    stored = _STORED_BYTES[config.model.quantize] if config.model.quantize else dtype_bytes
+    return (total - linears) * dtype_bytes + round(linears * stored)
+
+
+def _dequantized_bytes(arch: Architecture, shape: Shape, config: RunConfig) -> int:
+    """The largest linear of a quantised base in the dtype that it computes in."""
+    if config.model.quantize is None:
+        return 0
+    width = max(shape.mlp_channels, shape.query_heads * arch.head_dim)
+    return width * arch.hidden_size * (2 if config.train.bf16 else DTYPE_BYTES[config.model.dtype])
+
+
 def _copies_bytes(arch: Architecture, shape: Shape, config: RunConfig) -> int:
     """Autocast's copies of the frozen weights, which the backward pass needs; under checkpointing one layer's."""
-    if not config.train.bf16 or config.model.dtype != "float32":
+    if not config.train.bf16 or config.model.dtype != "float32" or config.model.quantize:
         return 0
     layers = 1 if config.train.activation_checkpointing else shape.layers
     return layers * layer_decoder_params(arch, shape) * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import datasets
@@ -12,4 +13,5 @@ def quiet_libraries() -> None:
     """The run draws its own progress; the libraries' bars and notes on their own renamings would bury it."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every cast in every layer
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b")

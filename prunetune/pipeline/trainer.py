@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prunetune.core.records import ExportedModel
+from prunetune.export.changed import with_deltas
 from prunetune.export.write import export_model
+from prunetune.model.deltas import Delta
+from prunetune.model.surgery import Surgery
+from prunetune.model.token_rows import TokenRow
+from prunetune.pipeline.delta_stage import SEARCH_ROWS, DeltaStage
 from prunetune.train.delta_training import DeltaTrainer
 
 
@@ -31,12 +38,24 @@ class PruneTuneTrainer(DeltaTrainer):
         >>> trainer.train(); trainer.export("compact/")  # doctest: +SKIP
     """
 
-    def export(self, folder: str | Path, *, dtype: str | None = None, **kwargs: Any) -> ExportedModel | None:
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str | None = None,
+        deltas: Mapping[str, Delta] | None = None,
+        base: Literal["trained", "source"] = "trained",
+        **kwargs: Any,
+    ) -> ExportedModel | None:
         """Merges the adapters and writes an ordinary model folder; see ``export_model`` for the other arguments.
 
         Args:
             folder: where to; must not exist unless ``replace=True``.
             dtype: of the weights; default: the base's.
+            deltas: what is merged instead of the adapters, by weight; default: what ``prune.delta`` leaves of them, its
+                open options searched on training rows.
+            base: what a quantised model's adapters are merged onto: the dequantised weights that they were trained
+                with, or the original ones (see export/merge_base.py).
 
         Returns:
             The export and its verification; None on processes other than the first.
@@ -49,8 +68,26 @@ class PruneTuneTrainer(DeltaTrainer):
             model = self.accelerator.unwrap_model(self.model)
             metadata = {"plan": self.plan.digest()} if self.plan else {}
             dtype = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
-            exported = export_model(
-                model, self.processing_class, Path(folder), dtype=dtype, plan=self.plan, metadata=metadata, **kwargs
-            )
+            kwargs |= {"metadata": metadata, "source": self.source_weights() if base == "source" else None}
+            with with_deltas(model, self._pruned() if deltas is None else deltas):
+                exported = export_model(
+                    model, self.processing_class, Path(folder), dtype=dtype, plan=self.plan, **kwargs
+                )
         self.accelerator.wait_for_everyone()
         return exported
+
+    def delta_stage(self, rows: Sequence[TokenRow]) -> DeltaStage:
+        """What the live adapters learnt, and what ``prune.delta`` leaves of it, measured on these rows."""
+        assert self.prune is not None
+        model = self.accelerator.unwrap_model(self.model)
+        surgery = Surgery(self.dense, self.plan) if self.plan else None
+        return DeltaStage(model, self.processing_class, surgery, self.prune.delta, self.prune.seed, rows)
+
+    def _pruned(self) -> Mapping[str, Delta]:
+        if self.prune is None or self.prune.delta.keeps_all:
+            return {}
+        rows = [
+            TokenRow(list(row["input_ids"]), list(row["labels"])) for row in islice(self.train_dataset, SEARCH_ROWS)
+        ]
+        stage = self.delta_stage(rows)
+        return stage.pruned(stage.build(stage.settle().options))

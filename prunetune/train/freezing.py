@@ -23,7 +23,7 @@ from prunetune.model.gates import GateSet
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
 from prunetune.model.quantized import float_linears
-from prunetune.model.source import requantize, require_cuttable
+from prunetune.model.source import SourceWeights, requantize, require_cuttable
 from prunetune.model.statistics import SecondMoments
 from prunetune.model.surgery import Surgery, base_model, slice_model
 from prunetune.train import compat
@@ -72,6 +72,7 @@ class FreezingTrainer(SelectingTrainer):
         super().__init__(model, args, **kwargs)
         self.prune = prune
         self.plan: Plan | None = None
+        self._updates: dict[str, Tensor] | None = None  # of a cut that has no freeze folder
         self._search: JointSearch | None = None
         self._evaluate_at_freeze = evaluate_at_freeze
         if prune is None:
@@ -176,6 +177,13 @@ class FreezingTrainer(SelectingTrainer):
     def _probe(self) -> Tensor:
         return probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=self._exact)
 
+    def source_weights(self) -> SourceWeights:
+        """The original weights of a quantised base, cut as the live model is."""
+        if self.plan is None:
+            return SourceWeights(self.model)
+        updates = self._updates if self._updates is not None else load_updates(self.freeze_dir)
+        return SourceWeights(self.model, Surgery(self.dense, self.plan), updates)
+
     def cut_from_scores(self, scores: Mapping[str, Tensor]) -> Plan:
         """Slices the live dense model to this trainer's target by the scores of an earlier search.
 
@@ -186,8 +194,8 @@ class FreezingTrainer(SelectingTrainer):
             The plan; there is no recover phase behind it unless the model is trained on.
         """
         plan = self.planner.plan(scores, origin={"method": "scores of an earlier search"})
-        surgery, updates = self.cut(plan)
-        self._settle(surgery, updates)
+        surgery, self._updates = self.cut(plan)
+        self._settle(surgery, self._updates)
         return plan
 
     def _end_search(self) -> None:

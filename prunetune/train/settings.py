@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
 from prunetune.config.presets import phase_steps, save_every
@@ -50,6 +51,21 @@ def sft_config(config: RunConfig, output_dir: Path, steps: int) -> SFTConfig:
     if train.eval_every:
         values |= {"eval_strategy": "steps", "eval_steps": train.eval_every}
     return SFTConfig(**{**values, **train.sft})
+
+
+def quantization(config: RunConfig) -> BitsAndBytesConfig | None:
+    """How bitsandbytes quantises the base; 4-bit scales are quantised too."""
+    kind = config.model.quantize
+    if kind is None:
+        return None
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.train.bf16 else getattr(torch, config.model.dtype),
+    )
 
 
 def lora_config(config: RunConfig) -> LoraConfig:

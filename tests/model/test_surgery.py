@@ -137,7 +137,7 @@ def test_what_cannot_be_sliced_is_refused_before_anything_changes():
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(PlanMismatchError, match="another model"):
         slice_model(model, random_plan(tiny_arch(intermediate_size=80)))
-    model.is_loaded_in_4bit = True
+    model.quantization_method = "gptq"
     with pytest.raises(UnsupportedModelError, match="bfloat16"):
         slice_model(model, random_plan(tiny_arch()))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+Base = Literal["trained", "source"]
 
 
 def export(
@@ -17,6 +19,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as in the run")
     ] = None,
+    base: Annotated[
+        Base | None, typer.Option("--base", help="a quantised run's adapters are merged onto these weights")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a former export there")] = False,
 ) -> None:
     """Write the compact model of a run folder; --target cuts to another budget from the same scores."""
@@ -24,7 +29,7 @@ def export(
 
     from prunetune.pipeline.export_run import export_run
 
-    export_run(run, out, target=target, dtype=dtype, replace=overwrite)
+    export_run(run, out, target=target, dtype=dtype, base=base, replace=overwrite)
 
 
 def _check(out: Path, target: str | None, overwrite: bool) -> None:
