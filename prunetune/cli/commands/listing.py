@@ -19,6 +19,8 @@ class Subject(str, Enum):  # noqa: UP042 - typer shows the values of a (str, Enu
     masks = "masks"
     families = "families"
     units = "units"
+    scores = "scores"
+    allocation = "allocation"
     compensation = "compensation"
     samples = "samples"
     tokens = "tokens"
@@ -48,11 +50,23 @@ def _masks() -> list[Table]:
     return _methods(MASKS, "mask", MaskConfig().method, ("needs", "cost"))
 
 
+def _scores() -> list[Table]:
+    from prunetune.methods.scores import SCORES
+
+    return _methods(SCORES, "score", "wanda", ("needs", "cost", "kinds"))
+
+
+def _allocation() -> list[Table]:
+    from prunetune.methods.allocation import ALLOCATIONS
+
+    return _methods(ALLOCATIONS, "allocation", "uniform", ("needs", "cost"))
+
+
 def _compensation() -> list[Table]:
     from prunetune.config.schema import CompensationConfig
     from prunetune.methods.compensation import COMPENSATIONS
 
-    return _methods(COMPENSATIONS, "compensation", CompensationConfig().method)
+    return _methods(COMPENSATIONS, "compensation", CompensationConfig().method, ("needs", "cost"))
 
 
 def _samples() -> list[Table]:
@@ -108,13 +122,18 @@ def _methods(
             name,
             registry.summary(name),
             method.paper,
-            *(getattr(method, fact) for fact in facts),
+            *(_words(getattr(method, fact)) for fact in facts),
             "yes" if marked else "",
         )
         for key, field in method.Options.model_fields.items():
             value = "required" if field.is_required() else _shown(field.default)
             options.add_row(name, key, value, field.description or "")
     return [table, options] if options.row_count else [table]
+
+
+def _words(value: Any) -> str:
+    """A text as it is, several names as a list."""
+    return value if isinstance(value, str) else ", ".join(value if isinstance(value, tuple) else sorted(value))
 
 
 def _shown(value: Any) -> str:
@@ -136,6 +155,8 @@ _TABLES = {
     Subject.masks: _masks,
     Subject.families: _families,
     Subject.units: _units,
+    Subject.scores: _scores,
+    Subject.allocation: _allocation,
     Subject.compensation: _compensation,
     Subject.samples: _samples,
     Subject.tokens: _tokens,

@@ -115,6 +115,7 @@ class Allocation(ABC):
     paper: ClassVar[str] = ""
     # Whether it runs the whole model (``problem.judge``), and what that costs.
     needs_model: bool = False
+    needs: ClassVar[str] = "scores"
     cost: ClassVar[str] = "nothing"
 
     def __init__(self, options: MethodOptions):

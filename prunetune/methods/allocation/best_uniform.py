@@ -13,6 +13,7 @@ class BestUniform(Allocation):
     """
 
     needs_model = True
+    needs = "scores, the model's output"
     cost = "loads the whole model; one forward pass of the rows kept for judging per legal shape"
 
     def counts(self, problem: AllocationProblem) -> Counts:

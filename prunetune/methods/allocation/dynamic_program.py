@@ -37,6 +37,7 @@ class DynamicProgram(Allocation):
 
     Options = DynamicProgramOptions
     paper = "arXiv 2308.10438"
+    needs = "scores, the model's output (distortion: output)"
     cost = "loads the whole model; sites * (grid - 1) forward passes of the rows kept for judging (output)"
 
     def __init__(self, options: DynamicProgramOptions):

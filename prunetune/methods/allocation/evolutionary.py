@@ -37,6 +37,7 @@ class Evolutionary(Allocation):
     Options = EvolutionaryOptions
     paper = "arXiv 2503.09657"
     needs_model = True
+    needs = "scores, the model's output"
     cost = "loads the whole model; generations * offspring * about 0.3 forward passes of the rows kept for judging"
 
     def __init__(self, options: EvolutionaryOptions):

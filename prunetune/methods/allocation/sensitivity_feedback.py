@@ -30,6 +30,7 @@ class SensitivityFeedback(Allocation):
     Options = SensitivityFeedbackOptions
     paper = "arXiv 2502.03460"
     needs_model = True
+    needs = "scores, the model's output"
     cost = "loads the whole model; one forward pass of the rows kept for judging a step"
 
     def __init__(self, options: SensitivityFeedbackOptions):

@@ -25,6 +25,8 @@ class Compensation(ABC):
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
+    needs: ClassVar[str] = "x x^T of the linears' inputs"
+    cost: ClassVar[str] = "forward passes; solves one system per linear"
     tokens: int = 0
     # Adds a bias to the linear, which not every config can say; only where a folder is written from the base's shards.
     makes_bias: ClassVar[bool] = False

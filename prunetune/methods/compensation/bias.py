@@ -17,6 +17,8 @@ class BiasCompensation(Compensation):
     """
 
     paper = "arXiv 2312.11983"
+    needs = "means of the linears' inputs"
+    cost = "forward passes"
     makes_bias = True
 
     def weight(self, weight: Tensor, kept: Tensor, moment: Tensor | None) -> Tensor:

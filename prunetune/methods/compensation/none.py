@@ -11,5 +11,7 @@ from prunetune.methods.compensation import COMPENSATIONS, Compensation
 class NoCompensation(Compensation):
     """The weights that stay are left as they are."""
 
+    needs = cost = "nothing"
+
     def weight(self, weight: Tensor, kept: Tensor, moment: Tensor | None) -> Tensor:
         return weight.index_select(1, kept)
