@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunetune.core.errors import UnsupportedModelError
+from prunetune.export.merge_base import adapts_quantized
 from prunetune.model.deltas import Delta, LowRank, Place
 from prunetune.model.surgery import Surgery, base_model
 
@@ -61,7 +62,7 @@ def live_deltas(model: nn.Module, surgery: Surgery | None = None) -> dict[str, L
     places = dense_places(surgery) if surgery is not None else {}
     found = {}
     for path, layer in base_model(model).named_modules():
-        if not isinstance(layer, LoraLinear | LoraEmbedding):
+        if not isinstance(layer, LoraLinear | LoraEmbedding) and not adapts_quantized(layer):
             continue
         for adapter in layer.active_adapters:
             embedding = isinstance(layer, LoraEmbedding)

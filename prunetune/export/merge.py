@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from prunetune.core.errors import UnsupportedModelError
 from prunetune.export.changed import Changed
+from prunetune.export.merge_base import adapts_quantized
 from prunetune.model.quantized import FloatLinear, shape_of
 from prunetune.model.surgery import base_model
 
@@ -91,7 +91,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[Source]:
     if isinstance(module, ModulesToSaveWrapper):
         active = module.active_adapters
         yield from _walk(module.modules_to_save[active[0]] if active else module.original_module, prefix)
-    elif isinstance(module, LoraLinear | LoraEmbedding) or _adapts_floats(module):
+    elif isinstance(module, LoraLinear | LoraEmbedding) or adapts_quantized(module):
         yield from _adapted(module, prefix)
     elif isinstance(module, Changed):
         yield from _changed(module, prefix)
@@ -106,11 +106,6 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[Source]:
             yield _stored(prefix + name, tensor, module)
         for name, child in module.named_children():
             yield from _walk(child, f"{prefix}{name}.")
-
-
-def _adapts_floats(module: nn.Module) -> bool:
-    """Whether it is PEFT's layer for a quantised linear, which a FloatLinear stands in for."""
-    return isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), FloatLinear)
 
 
 def _stored(name: str, tensor: Tensor, module: nn.Module) -> Source:

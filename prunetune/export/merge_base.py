@@ -13,17 +13,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from prunetune.core.errors import ExportError, UnsupportedModelError
 from prunetune.export.live import largest_difference, logits, undecorated
 from prunetune.model.divergence import mean_kl
-from prunetune.model.quantized import in_floats, keep_format, kind_of, quantized_linears
+from prunetune.model.quantized import FloatLinear, in_floats, is_quantized, keep_format, kind_of, quantized_linears
 from prunetune.model.source import SourceWeights
 from prunetune.model.surgery import base_model, plain_path
 
 # In nats a token: e^0.5 is a perplexity higher by two thirds.
 TOLERANCE = 0.5
+
+
+def adapts_quantized(module: nn.Module) -> bool:
+    """Whether it is PEFT's layer around a quantised linear, or around what stands in for one."""
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return isinstance(module, LoraLayer) and (is_quantized(base) or isinstance(base, FloatLinear))
 
 
 def merged_onto(model: nn.Module, source: SourceWeights | None) -> str:
