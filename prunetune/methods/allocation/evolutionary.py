@@ -38,7 +38,7 @@ class Evolutionary(Allocation):
     paper = "arXiv 2503.09657"
     needs_model = True
     needs = "scores, the model's output"
-    cost = "loads the whole model; generations * offspring * about 0.3 forward passes of the rows kept for judging"
+    cost = "loads the whole model; generations * offspring * about 0.4 forward passes of the rows kept for judging"
 
     def __init__(self, options: EvolutionaryOptions):
         super().__init__(options)
