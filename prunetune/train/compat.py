@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from prunetune.core.errors import ConfigError, Problem
 from prunetune.model.surgery import base_model, foreign_quantization
@@ -27,7 +26,6 @@ __all__ = [
     "one_run",
     "quiet_progress",
     "refusals",
-    "rotate_checkpoints",
     "selection_refusals",
 ]
 

@@ -102,8 +102,6 @@ def write_freeze(
     updates: dict[str, Tensor],
 ) -> None:
     """Writes the freeze folder in one step; see the module's docstring for what is in it."""
-    for torn in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(torn)  # a run that was killed in the middle of this
     with new_folder(target, replace=True) as folder:
         plan.save(folder / PLAN_FILE)
         save_file({name: score.contiguous() for name, score in scores.items()}, folder / SCORES_FILE)
@@ -116,6 +114,7 @@ def write_freeze(
         save_mask(sliced, load_mask(checkpoint))
         facts = read_marker(checkpoint) or {}
         write_marker(sliced, {**facts, "frozen": True, "plan": plan.digest()})
+        write_marker(folder, {"plan": plan.digest()})
 
 
 def adopt_freeze(model: nn.Module, folder: Path) -> Plan:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from prunetune.core.errors import DataError, DivergedError
-from prunetune.train import compat
+from prunetune.core.errors import DataError, DiskFullError, DivergedError
+from prunetune.core.files import disk_is_full
 from prunetune.train.callbacks import Interruption
-from prunetune.train.checkpoint import MARKER, newest, write_marker
+from prunetune.train.checkpoint import MARKER, newest, rotate, write_marker
 from prunetune.train.freeze import FREEZE
 from prunetune.train.portable import PortableTrainer
 
@@ -89,8 +91,26 @@ class GuardedTrainer(PortableTrainer):
     # ---- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As in Trainer, plus ``add_to_checkpoint`` and a marker; older checkpoints go only once this one is whole."""
+        """As in Trainer, plus ``add_to_checkpoint`` and a marker; older checkpoints go only once this one is whole.
+
+        Raises:
+            DiskFullError: there is no room; what was written of this one is removed.
+        """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(folder, model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not disk_is_full(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            last = newest(Path(self.args.output_dir), self.freeze_dir)
+            kept = f"{last} is whole" if last else "no checkpoint had been written yet"
+            raise DiskFullError(
+                f"the disk is full: {folder} could not be written and was removed; {kept}. Free some space and go on "
+                "with --resume (in Python: resume_from_checkpoint=True), or set fewer checkpoints to keep"
+            ) from error
+
+    def _write_checkpoint(self, folder: Path, model: Any, trial: Any) -> None:
         if self.args.should_save:
             # A folder of that name from before must not pass for whole while it is written over.
             (folder / MARKER).unlink(missing_ok=True)
@@ -101,8 +121,7 @@ class GuardedTrainer(PortableTrainer):
             return
         facts = self.add_to_checkpoint(folder)
         write_marker(folder, {**facts, "train_tokens": self._total_train_tokens})
-        best = self.state.best_model_checkpoint
-        compat.rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+        rotate(Path(self.args.output_dir), limit, self.state.global_step, self.state.best_model_checkpoint)
 
     @contextlib.contextmanager
     def _no_rotation(self) -> Iterator[int | None]:

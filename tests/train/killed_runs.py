@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 from prunetune.core import files
-from prunetune.train import compat, freeze, freezing, guarded, moments, trainer
+from prunetune.train import freeze, freezing, guarded, moments, trainer
 from prunetune.train.callbacks import MetricsFile
 from tests.train.joint_runs import joint_trainer, prune_config, rows
 
@@ -76,7 +76,7 @@ def arm(kill: str) -> None:
     elif kill == "marker of a checkpoint":
         guarded.write_marker = nth(2, die, guarded.write_marker)
     elif kill == "rotation":
-        compat.rotate_checkpoints = nth(3, die, compat.rotate_checkpoints)
+        guarded.rotate = nth(3, die, guarded.rotate)
     elif kill == "before the freeze":
         trainer.JointTrainer._freeze = die  # type: ignore[method-assign]
     elif kill == "after the validation before the cut":
