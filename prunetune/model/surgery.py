@@ -21,6 +21,7 @@ from prunetune.model.families import Columns, Rows, Writers
 from prunetune.model.legality import config_values
 from prunetune.model.plan import Plan
 from prunetune.model.quantized import FloatLinear, is_quantized, shape_of, weight_of
+from prunetune.model.sharded import opened
 from prunetune.model.units import span_features
 
 
@@ -166,7 +167,8 @@ def slice_model(model: nn.Module, plan: Plan) -> Architecture:
     ``source.requantize`` replaces it.
 
     Args:
-        model: a transformers causal LM or a PeftModel of one, unsharded.
+        model: a transformers causal LM or a PeftModel of one; of base weights spread over processes one linear is
+            whole at a time, adapters must be whole.
         plan: what stays.
 
     Returns:
@@ -186,7 +188,9 @@ def slice_model(model: nn.Module, plan: Plan) -> Architecture:
     for dense_name, cut in surgery.cuts.items():
         name = surgery.sliced_path(dense_name)
         _stand_in(base, name, cut)
-        _slice_linear(base.get_submodule(name), cut)
+        linear = base.get_submodule(name)
+        with opened(linear):
+            _slice_linear(linear, cut)
     _update_widths(base, surgery)
     return surgery.arch
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunetune.core.streams import stream
+from prunetune.model.sharded import is_sharded
 from prunetune.model.statistics import SecondMoments
 from prunetune.model.surgery import base_model
 
@@ -44,7 +45,14 @@ def collect_moments(trainer: Any, moments: SecondMoments, batches: Iterable[dict
         with accelerator.autocast():
             return decoder(**inputs, use_cache=False)
 
-    moments.run(forward, list(batches))
+    own, more = list(batches), 0
+    if is_sharded(decoder):
+        # Every forward pass needs a part of the weights from every process, so all make as many.
+        count = torch.tensor([len(own)], device=accelerator.device)
+        more = int(accelerator.gather(count).max()) - len(own)
+    moments.run(forward, own)
+    for _ in range(more):
+        forward({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=accelerator.device)})
     for path in moments.modules:
         # A process that had no batch of its own still takes part, with nothing.
         features = base_model(trainer.model).get_submodule(path).in_features

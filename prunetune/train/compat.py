@@ -71,7 +71,7 @@ def refusals(trainer: Any, optimizer: Any) -> list[Problem]:
     )
     refuse(args.torch_compile, "torch_compile", "compiled code keeps the dense shapes; set it to False")
     refuse(
-        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+        trainer.is_fsdp_enabled,
         "distributed_type",
         "FSDP and DeepSpeed shard weights or optimizer states, which the freeze cannot slice yet; launch with DDP "
         "(configs/accelerate/ddp.yaml)",

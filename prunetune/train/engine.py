@@ -6,15 +6,11 @@ in two lines. DeepSpeed is in zero.py. All methods are collective: every process
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from prunetune.model.surgery import base_model
 
 
 class Engine:
@@ -24,9 +20,7 @@ class Engine:
         trainer: the trainer whose model, optimizer and accelerator it looks after.
     """
 
-    # Whether base weights are spread over processes, so that a plain forward pass outside the engine cannot run.
-    shards_base = False
-    # Whether the adapters are spread over processes, or their float32 values kept elsewhere than in the model.
+    # Whether adapters, or their float32 values, are kept elsewhere than in the model.
     shards_trained = False
 
     def __init__(self, trainer: Any):
@@ -72,11 +66,6 @@ class Engine:
     def release(self) -> None:
         """Ends the engine: adapters are plain tensors of the model again, and no hook of the engine is left."""
 
-    @contextlib.contextmanager
-    def opened(self, module: nn.Module) -> Iterator[None]:
-        """Makes a module's base weights whole while it lasts, outside the engine; what was put in their place stays."""
-        yield
-
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be spread over processes."""
@@ -89,37 +78,3 @@ def alike(value: Tensor, parameter: Tensor) -> Tensor:
         value = value.to(parameter.device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
-
-
-@contextlib.contextmanager
-def computing(engine: Engine, model: nn.Module) -> Iterator[None]:
-    """Lets a model compute outside its engine: each module's weights are whole while it runs.
-
-    The output layer's are so throughout, because the loss reads them without calling the module.
-    """
-    if not engine.shards_base:
-        yield
-        return
-    handles: list[Any] = []
-    open_now: dict[nn.Module, contextlib.ExitStack] = {}
-
-    def enter(module: nn.Module, *_: Any) -> None:
-        open_now[module] = contextlib.ExitStack()
-        open_now[module].enter_context(engine.opened(module))
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        open_now.pop(module).close()
-
-    head = base_model(model).get_output_embeddings()
-    held = {id(parameter) for parameter in head.parameters()}
-    with engine.opened(head), torch.no_grad():
-        for module in model.modules():
-            own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in held]
-            if own and not any(True for _ in module.children()):
-                handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -22,6 +22,7 @@ from prunetune.core.files import new_folder
 from prunetune.methods.compensation import Compensation
 from prunetune.model.plan import Plan
 from prunetune.model.quantized import FloatLinear, dtype_of, shape_of, weight_of
+from prunetune.model.sharded import opened
 from prunetune.model.source import requantize
 from prunetune.model.statistics import SecondMoments, in_groups
 from prunetune.model.surgery import Surgery, base_model, slice_model
@@ -70,14 +71,15 @@ def compensated_weights(
         for path in group:
             module, kept = base.get_submodule(path), surgery.cuts[path].columns
             assert kept is not None
-            weight, delta = _weight_and_delta(module)
-            dtype = dtype_of(getattr(module, "base_layer", module))
-            kept = kept.to(weight.device)
-            effective = weight.float() + delta
-            found = compensation.weight(effective, kept, moments.sums.pop(path, None))
-            # Adding the delta and taking it off again would round a weight that the method left alone.
-            if not torch.equal(found, effective.index_select(1, kept)):
-                updates[path] = (found - delta.index_select(1, kept)).to(dtype).cpu().contiguous()
+            with opened(module):
+                weight, delta = _weight_and_delta(module)
+                dtype = dtype_of(getattr(module, "base_layer", module))
+                kept = kept.to(weight.device)
+                effective = weight.float() + delta
+                found = compensation.weight(effective, kept, moments.sums.pop(path, None))
+                # Adding the delta and taking it off again would round a weight that the method left alone.
+                if not torch.equal(found, effective.index_select(1, kept)):
+                    updates[path] = (found - delta.index_select(1, kept)).to(dtype).cpu().contiguous()
     return updates
 
 
@@ -145,12 +147,13 @@ def apply_updates(model: nn.Module, surgery: Surgery, updates: Mapping[str, Tens
     for path, update in updates.items():
         module = base.get_submodule(surgery.sliced_path(path))
         layer = module.base_layer if hasattr(module, "base_layer") else module
-        if shape_of(layer) != update.shape:
-            raise PlanMismatchError(
-                f"the weights kept from the freeze do not fit {path}: {tuple(update.shape)} against "
-                f"{tuple(shape_of(layer))}"
-            )
-        if isinstance(layer, FloatLinear):
-            layer.build = functools.partial(torch.detach, update)
-        else:
-            layer.weight.data.copy_(update)
+        with opened(layer):
+            if shape_of(layer) != update.shape:
+                raise PlanMismatchError(
+                    f"the weights kept from the freeze do not fit {path}: {tuple(update.shape)} against "
+                    f"{tuple(shape_of(layer))}"
+                )
+            if isinstance(layer, FloatLinear):
+                layer.build = functools.partial(torch.detach, update)
+            else:
+                layer.weight.data.copy_(update)

@@ -23,6 +23,7 @@ from prunetune.model.gates import GateSet
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
 from prunetune.model.quantized import float_linears
+from prunetune.model.sharded import computing, is_sharded
 from prunetune.model.source import SourceWeights, requantize, require_cuttable
 from prunetune.model.statistics import SecondMoments
 from prunetune.model.surgery import Surgery, base_model, slice_model
@@ -129,6 +130,7 @@ class FreezingTrainer(SelectingTrainer):
         plan = self._search.decide(step)
         self._require_same_plan(plan)
         self._validate("eval_before_cut")
+        self.engine.release()
         surgery, updates = self.cut(plan)
         if self.accelerator.is_main_process:
             write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates)
@@ -172,10 +174,12 @@ class FreezingTrainer(SelectingTrainer):
 
     @property
     def _exact(self) -> bool:
-        return total_params(self.dense, full_shape(self.dense)) <= EXACT_LIMIT_PARAMETERS
+        small = total_params(self.dense, full_shape(self.dense)) <= EXACT_LIMIT_PARAMETERS
+        return small and not is_sharded(self.model)
 
     def _probe(self) -> Tensor:
-        return probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=self._exact)
+        with computing(base_model(self.model)):
+            return probe_logits(self.model, self.dense.vocab_size, self.args.device, exact=self._exact)
 
     def source_weights(self) -> SourceWeights:
         """The original weights of a quantised base, cut as the live model is."""
@@ -206,7 +210,8 @@ class FreezingTrainer(SelectingTrainer):
     def _collect(self, moments: SecondMoments) -> None:
         seed = self.prune.seed if self.prune else 0
         batches = calibration_batches(self, self.compensation.tokens, seed)
-        collect_moments(self, moments, batches)
+        with computing(base_model(self.model)):
+            collect_moments(self, moments, batches)
 
     def _validate(self, prefix: str) -> None:
         if self._evaluate_at_freeze and self.eval_dataset is not None:

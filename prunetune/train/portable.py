@@ -14,9 +14,11 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from prunetune.core.errors import DataError
+from prunetune.model.sharded import computing
+from prunetune.model.surgery import base_model
 from prunetune.train import compat
 from prunetune.train.checkpoint import ADAPTER_FILE
-from prunetune.train.engine import Engine, computing
+from prunetune.train.engine import Engine
 from prunetune.train.moments import MOMENTS_FILE, Moments
 from prunetune.train.zero import Zero, ZeroThree
 
@@ -110,5 +112,5 @@ class PortableTrainer(SFTTrainer):
         """As in SFTTrainer, also before an engine was made and after it was ended."""
         if compat.zero_stage(self) is None or self.deepspeed is not None:
             return super().evaluate(*args, **kwargs)
-        with compat.without_deepspeed(self), computing(self.engine, self.model):
+        with compat.without_deepspeed(self), computing(base_model(self.model)):
             return super().evaluate(*args, **kwargs)

@@ -158,6 +158,7 @@ class JointTrainer(FreezingTrainer):
             if self._leg_began >= self._total_steps(state):
                 return self._finished(checkpoint)
             self._total_train_tokens = (read_marker(checkpoint) or {}).get("train_tokens", 0)
+        self.engine.release()
         if self.accelerator.num_processes > 1:
             compat.unprepare(self.model)
         with compat.one_run(self.callback_handler, lambda: self._stopped_early or not self._freeze_is_due()):

@@ -6,13 +6,13 @@ pieces; DeepSpeed says which part of them belongs to which parameter.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunetune.model.sharded import close
 from prunetune.train.engine import Engine
 
 
@@ -40,9 +40,10 @@ class Zero(Engine):
 
         kept: dict[str, Any] = next(iter(self._zero.optimizer.state.values()), {})
         tensors = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
-        scalars = {key: value.detach().cpu().clone() for key, value in tensors.items() if value.dim() == 0}
+        scalars = {key: value.cpu() for key, value in tensors.items() if value.dim() == 0}
         return {
-            name: {key: full(parameter, key).cpu() for key in sorted(tensors.keys() - scalars.keys())} | scalars
+            name: {key: full(parameter, key).cpu() for key in sorted(tensors.keys() - scalars.keys())}
+            | {key: value.clone() for key, value in scalars.items()}
             for name, parameter in self.trained().items()
         }
 
@@ -93,8 +94,6 @@ class Zero(Engine):
 class ZeroThree(Zero):
     """DeepSpeed with ZeRO stage 3: of the base weights every process holds a part, too."""
 
-    shards_base = True
-
     def _flat_pieces(self) -> list[Tensor]:
         return list(self._zero.fp32_partitioned_groups_flat)
 
@@ -110,32 +109,7 @@ class ZeroThree(Zero):
 
     def release(self) -> None:
         super().release()
-        for parameter in self.trainer.model.parameters():
-            # The engine kept small weights whole.
-            if hasattr(parameter, "ds_id"):
-                parameter.ds_persist = False
-                _close([parameter])
-
-    @contextlib.contextmanager
-    def opened(self, module: nn.Module) -> Iterator[None]:
-        kept: list[Any] = [p for p in module.parameters() if hasattr(p, "ds_id")]
-        closed = [p for p in kept if not _is_open(p)]
-        for parameter in closed:
-            parameter.all_gather()
-        try:
-            yield
-        finally:
-            _close(closed)
-            new = [p for p in module.parameters() if not hasattr(p, "ds_id") and not p.requires_grad]
-            if closed and new:
-                closed[0].convert_to_zero_parameters(param_list=new)
-
-
-def _is_open(parameter: Any) -> bool:
-    return parameter.ds_status.name == "AVAILABLE"
-
-
-def _close(parameters: list[Any]) -> None:
-    for parameter in parameters:
-        if _is_open(parameter):
-            parameter.partition(has_been_updated=True)
+        base: list[Any] = [p for p in self.trainer.model.parameters() if hasattr(p, "ds_persist")]
+        for parameter in base:
+            parameter.ds_persist = False  # the engine kept small weights whole
+        close(base)

@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from prunetune.core.errors import DivergedError
+from prunetune.model.sharded import opened
 from tests.train.joint_runs import joint_trainer, lora, prune_config, rows, weights
 
 
@@ -35,6 +36,13 @@ class Disturb(TrainerCallback):
             with torch.no_grad():
                 for parameter in kwargs["model"].parameters():
                     parameter.fill_(float("nan"))
+
+
+def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """A copy of every parameter by name, gathered where the engine spreads it; the trained ones in float32."""
+    trained = trainer.engine.values()
+    with opened(trainer.model):
+        return weights(trainer) | trained
 
 
 def main(asked: dict[str, Any]) -> None:
@@ -73,7 +81,7 @@ def main(asked: dict[str, Any]) -> None:
     }
     rank = trainer.accelerator.process_index
     (out / f"process{rank}.json").write_text(json.dumps(found))
-    torch.save(weights(trainer), out / f"weights{rank}.pt")
+    torch.save(whole_weights(trainer), out / f"weights{rank}.pt")
     trainer.end()
 
 

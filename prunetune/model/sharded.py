@@ -1,0 +1,84 @@
+"""Weights that are spread over processes (DeepSpeed's ZeRO-3): whole for a moment, one module at a time.
+
+Everything here is collective, and does nothing to weights that are whole. The parameters themselves know how they are
+gathered, so nothing is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of the model's weights are spread over processes."""
+    return any(map(_is_spread, model.parameters()))
+
+
+@contextlib.contextmanager
+def opened(module: nn.Module) -> Iterator[None]:
+    """Makes a module's weights whole while it lasts; what was changed or put in their place is spread again."""
+    closed: list[Any] = [
+        parameter for parameter in module.parameters() if _is_spread(parameter) and not _is_open(parameter)
+    ]
+    for parameter in closed:
+        parameter.all_gather()
+    try:
+        yield
+    finally:
+        close(closed)
+        new = [
+            parameter for parameter in module.parameters() if not _is_spread(parameter) and not parameter.requires_grad
+        ]
+        if closed and new:
+            closed[0].convert_to_zero_parameters(param_list=new)
+
+
+@contextlib.contextmanager
+def computing(model: Any) -> Iterator[None]:
+    """Lets a causal LM compute without the engine that spread it: each module is whole while it runs.
+
+    Its output layer is so throughout, because losses read it without calling it.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    handles: list[Any] = []
+    open_now: dict[nn.Module, contextlib.ExitStack] = {}
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        open_now[module] = contextlib.ExitStack()
+        open_now[module].enter_context(opened(module))
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        open_now.pop(module).close()
+
+    with torch.no_grad(), opened(model.get_output_embeddings()):
+        for module in model.modules():
+            if any(_is_spread(parameter) for parameter in module.parameters(recurse=False)):
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def close(parameters: list[Any]) -> None:
+    """Spreads parameters again, as they are now."""
+    for parameter in parameters:
+        if _is_spread(parameter) and _is_open(parameter):
+            parameter.partition(has_been_updated=True)
+
+
+def _is_spread(parameter: Any) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _is_open(parameter: Any) -> bool:
+    return parameter.ds_status.name == "AVAILABLE"
