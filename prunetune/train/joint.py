@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from prunetune.config.presets import PhaseSteps
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import warn
 from prunetune.core.errors import Problem
-from prunetune.methods.masks import MASKS, MaskContext, build_mask, check_mask, unit_params
+from prunetune.methods.masks import MASKS, MaskContext, build_mask, check_mask, kept_fraction
 from prunetune.model.adapters import AdapterView
 from prunetune.model.gates import GateSet, GateStatistics
 from prunetune.model.plan import Plan
@@ -73,24 +73,7 @@ class JointSearch:
 
     def kept_fraction(self) -> float:
         """Decoder parameters that the gates in force let through, as a fraction of all; soft gates count in part."""
-        arch, costs = self.planner.arch, unit_params(self.planner)
-        values = self.gate_set.values()
-        layer_gates = values.get("layers", torch.ones(arch.layers))
-        kept = 0.0
-        for layer in range(arch.layers):
-            groups = self._mean(values, layer, "kv_groups")
-            heads = self._mean(values, layer, "query_heads")
-            # Queries and outputs leave with either; keys and values with their group alone.
-            attention = arch.query_heads * costs["query_heads"] * groups * heads
-            attention += 2 * arch.kv_groups * arch.head_dim * arch.hidden_size * groups
-            mlp = arch.mlp_channels * costs["mlp_channels"] * self._mean(values, layer, "mlp_channels")
-            kept += float(layer_gates[layer]) * (attention + mlp)
-        return kept / (arch.layers * costs["layers"])
-
-    @staticmethod
-    def _mean(values: Mapping[str, Tensor], layer: int, kind: str) -> float:
-        value = values.get(f"layers.{layer}.{kind}")
-        return 1.0 if value is None else float(value.mean())
+        return float(kept_fraction(self.planner, {name: t.cpu() for name, t in self.gate_set.values().items()}))
 
     def decide(self, step: int) -> Plan:
         """The plan at the freeze."""

@@ -19,9 +19,11 @@ from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
 from prunetune.methods.options import MethodOptions, parse_options, problems_of
 from prunetune.model.adapters import AdapterView
+from prunetune.model.budget import decoder_params, full_shape
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
+from prunetune.model.units import LAYERS_SITE, site_name
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,32 @@ def in_parameters(planner: Planner, scores: Mapping[str, Tensor]) -> dict[str, T
         mean = score.mean()
         found[site.name] = (costs[site.kind] * (score / mean if mean > 0 else torch.ones_like(score))).float()
     return found
+
+
+def kept_fraction(planner: Planner, gates: Mapping[str, Tensor]) -> Tensor:
+    """Decoder weights that the gates let through, as a fraction of all; soft gates count in part, differentiably.
+
+    Args:
+        planner: of the model. gates: site -> (U,) gates on the CPU; kinds without gates are open.
+    """
+    arch, costs = planner.arch, unit_params(planner)
+    of_group = costs["kv_groups"] - arch.queries_per_group * costs["query_heads"]  # its key and value head
+    kept = torch.zeros(())
+    for layer in range(arch.layers):
+        groups_K = gates.get(site_name(layer, "kv_groups"), torch.ones(arch.kv_groups))
+        heads_H = gates.get(site_name(layer, "query_heads"), torch.ones(arch.query_heads))
+        heads_H = heads_H * groups_K.repeat_interleave(arch.queries_per_group)
+        channels_F = gates.get(site_name(layer, "mlp_channels"), torch.ones(arch.mlp_channels))
+        inner = of_group * groups_K.sum() + costs["query_heads"] * heads_H.sum()
+        inner = inner + costs["mlp_channels"] * channels_F.sum()
+        kept = kept + (gates[LAYERS_SITE][layer] * inner if LAYERS_SITE in gates else inner)
+    return kept / (arch.layers * costs["layers"])
+
+
+def budget_fraction(planner: Planner) -> float:
+    """The decoder fraction that the largest shape inside the budget keeps."""
+    arch = planner.arch
+    return max(decoder_params(arch, shape) for shape in planner.candidates) / decoder_params(arch, full_shape(arch))
 
 
 def unit_params(planner: Planner) -> dict[str, float]:
