@@ -1,4 +1,4 @@
-"""The contract of every registered score, found by discovery: a new file under methods/scores is tested here at once."""
+"""The contract of every registered score, found by discovery: a new file under methods/scores is tested at once."""
 
 from __future__ import annotations
 

@@ -75,22 +75,23 @@ class DynamicProgram(Allocation):
 def cheapest(prices: Sequence[Sequence[int]], losses: Sequence[Vector], budget: int) -> list[int]:
     """One index a list, so that the losses add up to the least while the prices stay within the budget.
 
-    Prices are counted in units of their largest common divisor; if that makes too many states, in coarser units,
-    rounded up, so that the budget holds. Among equal sums the higher index of the last list is taken, then of those
-    before it.
+    What is dearer than a list's smallest price is counted in units of the largest common divisor; if that makes too
+    many states, in coarser units, rounded up, so that the budget holds. Among equal sums the higher index of the last
+    list is taken, then of those before it.
 
     Raises:
         ValueError: even the smallest prices are beyond the budget.
     """
-    finest = math.gcd(*(price for row in prices for price in row))
-    # Rounding up must not put the smallest choices themselves out of reach.
-    unit = max(finest, -(-budget // _MOST_STATES))
-    while unit > finest and sum(-(-min(row) // unit) for row in prices) > budget // unit:
-        unit = max(finest, unit // 2)
-    states = budget // unit
+    least = [min(row) for row in prices]
+    room = budget - sum(least)
+    if room < 0:
+        raise ValueError("the smallest choices together are beyond the budget")
+    extra = [[price - low for price in row] for row, low in zip(prices, least)]
+    unit = max(math.gcd(*(price for row in extra for price in row)), -(-room // _MOST_STATES), 1)
+    states = room // unit
     best = np.zeros(states + 1)
     chosen: list[np.ndarray] = []
-    for row, loss in zip(prices, losses):
+    for row, loss in zip(extra, losses):
         found = np.full(states + 1, np.inf)
         index_S = np.zeros(states + 1, dtype=np.int32)
         for index, price in enumerate(row):
@@ -103,10 +104,8 @@ def cheapest(prices: Sequence[Sequence[int]], losses: Sequence[Vector], budget: 
             found[better], index_S[better] = here[better], index
         best = found
         chosen.append(index_S)
-    if not np.isfinite(best[-1]):
-        raise ValueError("the smallest choices together are beyond the budget")
     state, picks = states, list[int]()
-    for row, index_S in zip(reversed(prices), reversed(chosen)):
+    for row, index_S in zip(reversed(extra), reversed(chosen)):
         picks.append(int(index_S[state]))
         state -= -(-row[picks[-1]] // unit)
     return picks[::-1]
