@@ -79,7 +79,7 @@ class SourceWeights:
 
 def _folder(config: Any) -> Path:
     name = getattr(config, "_name_or_path", "") or ""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     try:
         if not name:
