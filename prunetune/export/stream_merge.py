@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +25,15 @@ from prunetune.core.files import free_bytes, new_file, read_json, recover, sweep
 from prunetune.core.lock import only_one
 from prunetune.core.sizes import format_bytes
 from prunetune.export.combine import combine
-from prunetune.methods.deltas import DeltaContext, DeltaMethod, context_of
-from prunetune.model.delta_inputs import Inputs
+from prunetune.export.merge_source import Source, ranks_of
+from prunetune.methods.deltas import DeltaContext, DeltaMethod
 from prunetune.model.deltas import BLOCK_BYTES, Delta, Place
 from prunetune.model.shards import INDEX_FILE, SINGLE_FILE, ShardReader
 from prunetune.model.surgery import Surgery
-from prunetune.model.tuned import EMBEDDING, HEAD, BaseSlices, Tuned
+from prunetune.model.tuned import EMBEDDING, HEAD, BaseSlices
 
 MERGE_FILE = "prunetune_merge.json"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One model that is merged.
-
-    Args:
-        tuned: what was learnt. weight: of its delta in the sum. method: prunes its delta first.
-        name: names its random masks. measured: tensor of the base -> what its linear saw.
-    """
-
-    tuned: Tuned
-    weight: float
-    method: DeltaMethod
-    name: str
-    measured: Mapping[str, Inputs] = field(default_factory=dict)
-
-    def context(self, name: str, seed: int) -> DeltaContext:
-        """What its method may know about a tensor of the base."""
-        return context_of(seed, self.name, self.measured.get(name))
 
 
 @dataclass(frozen=True)
@@ -73,6 +53,20 @@ class MergeSettings:
     dtype: torch.dtype | None = None
     shard_size: int = 2 * 10**9
     block_bytes: int = BLOCK_BYTES
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one source adds to one tensor; ``method`` None: all of its delta."""
+
+    source: Source
+    delta: Delta
+    method: DeltaMethod | None
+    context: DeltaContext
+
+    def pruned(self) -> Delta:
+        """What the method leaves of the delta."""
+        return self.delta if self.method is None else self.method.apply(self.delta, self.context)
 
 
 class StreamMerge:
@@ -98,6 +92,7 @@ class StreamMerge:
         # Name in the base -> the deltas that are added there, each with its source.
         self._deltas: dict[str, list[tuple[Source, Place]]] = {}
         self._replaced: dict[str, Callable[[], Tensor]] = {}
+        self._ranked: dict[str, Mapping[str, tuple[int, int]]] = {}
         for source in sources:
             self._take(source, surgery)
         self._shapes = self._all_shapes()
@@ -226,8 +221,8 @@ class StreamMerge:
             return self._cast(self._replaced[name]()).contiguous()
         if name not in self._deltas:
             return self._cast(self._reader.read(self.slices.name(name))).contiguous()
-        pruned = [source.method.apply(*self._delta(name, source, place)) for source, place in self._deltas[name]]
-        weights = [source.weight for source, _ in self._deltas[name]]
+        pruned = [part.pruned() for part in self.parts(name)]
+        weights = [source.weight_of(name) for source, _ in self._deltas[name]]
         base = self.slices.rows(name)
         m, n = pruned[0].shape
         step = max(1, self.settings.block_bytes // (4 * n * (2 + 2 * len(pruned))))
@@ -248,9 +243,29 @@ class StreamMerge:
         assert merged is not None
         return merged
 
-    def delta_of(self, name: str) -> list[tuple[Source, Delta]]:
-        """The unpruned deltas of a tensor, for reports."""
-        return [(source, self._delta(name, source, place)[0]) for source, place in self._deltas.get(name, ())]
+    def parts(self, name: str) -> list[Part]:
+        """What each source adds to a tensor."""
+        return [self._part(name, source, place) for source, place in self._deltas.get(name, ())]
+
+    def _part(self, name: str, source: Source, place: Place) -> Part:
+        ranks = self._ranks(source).get(name)
+        return Part(
+            source,
+            source.tuned.delta(place, self.slices),
+            source.method_of(name),
+            source.context(name, self.settings.seed, ranks),
+        )
+
+    def _ranks(self, source: Source) -> Mapping[str, tuple[int, int]]:
+        if source.name not in self._ranked:
+            deltas = {
+                name: source.tuned.delta(place, self.slices)
+                for name, parts in self._deltas.items()
+                for own, place in parts
+                if own is source
+            }
+            self._ranked[source.name] = ranks_of(source, deltas)
+        return self._ranked[source.name]
 
     def base_norm(self, name: str) -> float:
         """Norm of the base's own matrix."""
@@ -260,12 +275,21 @@ class StreamMerge:
         return math.sqrt(sum(squares))
 
     @property
+    def calibrated(self) -> bool:
+        """Whether a method needs rows: to see inputs, or to search an option."""
+        methods = [source.method for source in self.sources]
+        methods += [special.method for source in self.sources for special in source.special if special.method]
+        return any(method.calibrated or method.search for method in methods)
+
+    @property
+    def replaced(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Tensors that come whole from a source."""
+        return self._replaced
+
+    @property
     def changed(self) -> list[str]:
         """Names of the matrices that get a delta, in the base's order."""
         return [name for name in self._shapes if name in self._deltas]
-
-    def _delta(self, name: str, source: Source, place: Place) -> tuple[Delta, DeltaContext]:
-        return source.tuned.delta(place, self.slices), source.context(name, self.settings.seed)
 
     def _cast(self, tensor: Tensor, stored: torch.dtype | None = None) -> Tensor:
         if not tensor.is_floating_point():

@@ -158,6 +158,15 @@ class Adapter(Tuned):
         alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def named_factors(self, module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """(r, n) and (m, r) under the names and in the orientation in which this adapter's file has its factors."""
+        kinds = ("A.weight", "B.weight")
+        if self._is_embedding(module):
+            kinds = ("embedding_A", "embedding_B")
+        if self._transposed(module) or self._is_embedding(module):
+            a, b = b.T, a.T
+        return {f"{_PREFIX}{module}.lora_{kind}": factor for kind, factor in zip(kinds, (a, b))}
+
     def _transposed(self, module: str) -> bool:
         return bool(self.config.get("fan_in_fan_out"))
 

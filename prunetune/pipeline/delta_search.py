@@ -14,7 +14,7 @@ from prunetune.core.console import note
 from prunetune.core.errors import ExportError
 from prunetune.evaluate.output_change import OutputChange
 from prunetune.evaluate.perplexity import domain_perplexity
-from prunetune.methods.deltas import DeltaMethod, build_delta
+from prunetune.methods.deltas import build_delta
 from prunetune.model.token_rows import TokenRow
 
 By = Literal["loss", "outputs"]
@@ -31,12 +31,12 @@ class Searched:
     tried: tuple[tuple[float, float], ...] = ()
 
 
-def search(method: str, options: Mapping[str, Any], score: Callable[[DeltaMethod], float]) -> Searched:
+def search(method: str, options: Mapping[str, Any], score: Callable[[dict[str, Any]], float]) -> Searched:
     """The best value of the option that the method leaves open; from coarse to fine, as in arXiv 2410.09344.
 
     Args:
         method: a delta method. options: its options.
-        score: what a setting is worth on rows, lower is better.
+        score: what a setting of all options is worth on rows, lower is better.
 
     Raises:
         ExportError: no value gives a finite score.
@@ -48,7 +48,7 @@ def search(method: str, options: Mapping[str, Any], score: Callable[[DeltaMethod
 
     def attempt(value: float) -> None:
         if value not in tried:
-            found = score(build_delta(method, {**options, **asked.fixed, asked.option: value}))
+            found = score({**options, **asked.fixed, asked.option: value})
             tried[value] = found if math.isfinite(found) else math.inf
 
     worse = 0

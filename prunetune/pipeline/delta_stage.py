@@ -65,8 +65,8 @@ class DeltaStage:
         options = self.config.method_options() | ({} if drop is None else {"drop": drop})
         judge = Judge(self.model, self._tokenizer, self._rows)
 
-        def score(method: DeltaMethod) -> float:
-            with with_deltas(self.model, self.pruned(method)):
+        def score(tried: dict[str, Any]) -> float:
+            with with_deltas(self.model, self.pruned(self.build(tried))):
                 return judge(self.model)
 
         return search(self.config.method, options, score)

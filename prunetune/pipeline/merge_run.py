@@ -1,92 +1,41 @@
-"""`prunetune merge` and `prunetune delta info`: names to folders, calibration if a method wants it, then the merge."""
+"""`prunetune merge` and `prunetune delta ...`: names to folders, calibration and searches, then the merge."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunetune.core.console import note, warn
-from prunetune.core.errors import ConfigError, DataError, Problem, suggest
+from prunetune.core.errors import ConfigError, DataError, Problem
 from prunetune.core.files import sha256
 from prunetune.core.sizes import format_bytes
-from prunetune.data import prepare, sources
+from prunetune.export.adapter_merge import write_adapter
 from prunetune.export.combine import HOWS
-from prunetune.export.stream_merge import MergeSettings, Source, StreamMerge
-from prunetune.methods.deltas import build_delta, check_delta
+from prunetune.export.merge_source import Source
+from prunetune.export.stream_merge import StreamMerge
+from prunetune.methods.deltas import build_delta
 from prunetune.methods.deltas.darex_q import DarexOptions, DarexQ
 from prunetune.model.architecture import describe
 from prunetune.model.delta_file import DeltaFile, base_fingerprint, save_delta
-from prunetune.model.delta_inputs import measure_inputs
+from prunetune.model.delta_inputs import Inputs
 from prunetune.model.deltas import Delta, alignment
 from prunetune.model.plan import Plan
 from prunetune.model.resolve import resolve_model
 from prunetune.model.shards import ShardReader
 from prunetune.model.surgery import Surgery
-from prunetune.model.token_rows import token_rows
 from prunetune.model.tuned import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tuned, open_tuned
-from prunetune.pipeline.loading import load_base, load_tokenizer
+from prunetune.pipeline.merge_request import MergeRequest
+from prunetune.pipeline.merge_rows import MergeRows
 from prunetune.pipeline.quiet import quiet_libraries
 
 # Above this mean change of a weight the base is likely not the one that was tuned, or training went on for long.
 _LARGE_CHANGE = 5e-3
-_CALIBRATION_TOKENS = 8192
 DROPS = (0.5, 0.9, 0.95, 0.99)
-
-
-@dataclass(frozen=True)
-class MergeRequest:
-    """What is merged how; as the command line takes it.
-
-    Args:
-        folders: adapter or model folders. base: folder or name of the base.
-        how: name in HOWS. weights: of each folder; None: all 1.
-        delta: delta method; None: the one that ``how`` stands for. options: its options.
-        plan: plan.json by which the base was pruned. calibration: rows for methods that look at inputs.
-    """
-
-    folders: Sequence[Path]
-    base: str
-    how: str = "linear"
-    weights: Sequence[float] | None = None
-    delta: str | None = None
-    options: Mapping[str, Any] | None = None
-    plan: Path | None = None
-    calibration: str | None = None
-    settings: MergeSettings = field(default_factory=MergeSettings)
-
-    def problems(self) -> list[Problem]:
-        """Everything that cannot work, before anything is read."""
-        found = []
-        if self.how not in HOWS:
-            return [Problem(f"there is no way of merging {self.how!r}; {suggest(self.how, HOWS)}", "--how")]
-        if self.weights is not None and len(self.weights) != len(self.folders):
-            found.append(
-                Problem(f"{len(self.weights)} weights for {len(self.folders)} models; give one each", "--weights")
-            )
-        if len({folder.resolve() for folder in self.folders}) < len(self.folders):
-            found.append(Problem("the same folder is named twice; raise its weight instead", "SOURCES"))
-        if HOWS[self.how].consensus and len(self.folders) == 1:
-            found.append(
-                Problem(f"{self.how} lets models vote on signs; with one model take linear and --delta", "--how")
-            )
-        found += check_delta(self.method, self.method_options)
-        return found
-
-    @property
-    def method(self) -> str:
-        """Name of the delta method."""
-        return self.delta or HOWS[self.how].delta
-
-    @property
-    def method_options(self) -> dict[str, Any]:
-        """Its options: the user's before those of the way of merging."""
-        preset = HOWS[self.how].options if self.method == HOWS[self.how].delta else {}
-        return {**preset, **(self.options or {})}
 
 
 def merge_run(request: MergeRequest, out: Path, *, overwrite: bool = False) -> None:
@@ -96,9 +45,14 @@ def merge_run(request: MergeRequest, out: Path, *, overwrite: bool = False) -> N
         ConfigError: settings that cannot work, all at once.
         PrunetuneError: folders that do not fit each other, no space, numbers that are not finite.
     """
-    merge = ready(request)
-    _warn_of_large_changes(merge)
-    merge.write(out, metadata(request, merge), replace=overwrite)
+    merge, options = ready(request)
+    refuse_large_changes(merge, request)
+    facts = metadata(request, merge, options)
+    if request.output == "adapter":
+        write_adapter(merge, out, facts, replace=overwrite)
+        note(f"{len(request.folders)} adapter(s) made one of {len(merge.changed)} matrices: {out}")
+        return
+    merge.write(out, facts, replace=overwrite)
     note(f"merged {len(request.folders)} model(s) into {len(merge.changed)} matrices: {out}")
 
 
@@ -114,14 +68,16 @@ def save_run(request: MergeRequest, out: Path, *, drop: float) -> None:
         raise DataError("a delta file holds one adapter or model; save each one apart")
     if out.exists():
         raise DataError(f"{out} exists; name another file")
-    merge = ready(request)
+    dropping = replace(request, delta="dare", options={"drop": drop})
+    merge, _ = ready(request)
+    refuse_large_changes(ready(replace(dropping, calibration=None))[0], dropping)
     [source] = merge.sources
     method = DarexQ(DarexOptions(drop=drop, q="closed_form" if request.calibration else (1 - drop) or 1.0))
     divisors: dict[str, float] = {}
     for name in merge.changed:
         context = source.context(name, merge.settings.seed)
         known = request.calibration is None or context.inputs is not None
-        divisors[name] = method.divisor(merge.delta_of(name)[0][1], context) if known else 1 - drop
+        divisors[name] = method.divisor(merge.parts(name)[0].delta, context) if known else 1 - drop
     dtype = merge.settings.dtype or torch.bfloat16
     save_delta(out, source.tuned, merge.slices, drop=drop, divisors=divisors, seed=merge.settings.seed, dtype=dtype)
     before = sum(file.stat().st_size for file in request.folders[0].glob("*.safetensors"))
@@ -144,39 +100,67 @@ def _open(path: Path) -> Tuned:
     return DeltaFile(path) if path.is_file() else open_tuned(path)
 
 
-def _warn_of_large_changes(merge: StreamMerge) -> None:
-    """One warning, from a few matrices' first rows."""
-    for name in merge.changed[:: max(1, len(merge.changed) // 8)]:
-        for source, delta in merge.delta_of(name):
-            mean = float(delta.rows(0, min(64, delta.shape[0])).abs().mean())
-            if mean > _LARGE_CHANGE:
-                warn(
-                    f"{source.tuned.folder} changes {name} by {mean:.1e} on average: the base may not be the one it "
-                    "was tuned from, or it was trained for long; random dropping is not safe at this size"
-                )
-                return
+def refuse_large_changes(merge: StreamMerge, request: MergeRequest) -> None:
+    """A delta that is dropped by lot must be small; measured on the first rows of a few matrices.
+
+    Raises:
+        DataError: more than half of large changes would be dropped by lot.
+    """
+    for source in merge.sources:
+        means, dropped = [], 0.0
+        for name in merge.changed[:: max(1, len(merge.changed) // 8)]:
+            for part in merge.parts(name):
+                if part.source is source:
+                    means.append(float(part.delta.rows(0, min(64, part.delta.shape[0])).abs().mean()))
+                    if part.method is not None and part.method.random:
+                        dropped = max(dropped, float(part.method.options.model_dump()["drop"]))
+        size = sum(means) / max(1, len(means))
+        if size <= _LARGE_CHANGE:
+            continue
+        fact = (
+            f"{source.tuned.folder} changes weights by {size:.1e} on average, which is large: the base may not be the "
+            "one it was tuned from, or it was trained for long"
+        )
+        if 0.5 < dropped < 1 and not request.allow_large:
+            raise DataError(
+                f"{fact}. What is left of such changes when {dropped:.0%} are dropped by lot no longer computes the "
+                f"same (above {_LARGE_CHANGE:.0e} is known to fail); check --base, keep the largest instead (--delta "
+                "magnitude, or wanda with --calibration), drop at most 50%, or insist with --allow-large"
+            )
+        warn(f"{fact}; random dropping is not safe at this size")
 
 
-def ready(request: MergeRequest) -> StreamMerge:
-    """The merge, checked and calibrated, not yet written."""
+def ready(request: MergeRequest) -> tuple[StreamMerge, dict[str, Any]]:
+    """(the merge, checked and calibrated, not yet written; its method's options with nothing left to a search)."""
     quiet_libraries()
     if problems := request.problems():
         raise ConfigError(problems)
     how, prepared = HOWS[request.how], resolve_model(request.base)
     surgery = _surgery(request.plan, prepared.config)
-    method = build_delta(request.method, request.method_options)
+    opened = [(_open(folder), name) for folder, name in zip(request.folders, _names(request.folders))]
     weights = request.weights or [1.0] * len(request.folders)
-    opened = zip(request.folders, weights, _names(request.folders))
-    found = [Source(_open(folder), weight, method, name) for folder, weight, name in opened]
+
     settings = replace(request.settings, consensus=how.consensus, normalise=how.normalise)
-    merge = StreamMerge(prepared.folder, found, settings, surgery)
-    if not method.calibrated and request.calibration is None:
-        return merge
+
+    def made(options: Mapping[str, Any] | None, seen: Mapping[str, Mapping[str, Inputs]]) -> StreamMerge:
+        method = build_delta("identity", {}) if options is None else build_delta(request.method, options)
+        found = [
+            Source(tuned, weights[place], method, name, seen.get(name, {}), request.special(place, options))
+            for place, (tuned, name) in enumerate(opened)
+        ]
+        return StreamMerge(prepared.folder, found, settings, surgery)
+
+    options = request.method_options
+    merge = made(options, {})
+    if not merge.calibrated and request.calibration is None:
+        return merge, options
     if request.calibration is None:
         raise ConfigError([Problem(f"{request.method} looks at real inputs; name a file of rows", "--calibration")])
-    measured = _measure(merge, prepared, request.calibration)
-    found = [replace(source, measured=measured.get(source.name, {})) for source in found]
-    return StreamMerge(prepared.folder, found, settings, surgery)
+    rows = MergeRows(prepared, request.calibration)
+    seen = rows.measure(merge)
+
+    options = rows.settle(request.method, options, request.by, lambda tried: made(tried, seen))
+    return made(options, seen), options
 
 
 def delta_info(request: MergeRequest) -> list[dict[str, Any]]:
@@ -186,12 +170,12 @@ def delta_info(request: MergeRequest) -> list[dict[str, Any]]:
         One record a matrix: name, shape, mean_abs (of the delta), relative (its norm over the base's), ``R`` and
         ``suggested_drop`` if there are calibration rows, and ``errors``: drop rate -> relative output error.
     """
-    merge = ready(request)
+    merge, _ = ready(request)
     records = []
     for name in merge.changed:
         base = merge.base_norm(name)
-        for source, delta in merge.delta_of(name):
-            records.append({"name": name, "model": source.name, **_facts(source, name, delta, base)})
+        for part in merge.parts(name):
+            records.append({"name": name, "model": part.source.name, **_facts(part.source, name, part.delta, base)})
     return records
 
 
@@ -211,8 +195,8 @@ def _facts(source: Source, name: str, delta: Delta, base_norm: float) -> dict[st
     return {**found, "R": spread, "errors": errors, "suggested_drop": 1 / (1 + spread)}
 
 
-def metadata(request: MergeRequest, merge: StreamMerge) -> dict[str, Any]:
-    """What was merged how, for the folder that comes out."""
+def metadata(request: MergeRequest, merge: StreamMerge, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was merged how, for the folder that comes out; ``options``: with nothing left to a search."""
     return {
         "format": "prunetune-merge",
         "base": request.base,
@@ -222,7 +206,8 @@ def metadata(request: MergeRequest, merge: StreamMerge) -> dict[str, Any]:
             for folder, source in zip(request.folders, merge.sources)
         ],
         "how": request.how,
-        "delta": {"method": request.method, **request.method_options},
+        "delta": {"method": request.method, **options},
+        "rules": [asdict(rule) for rule in request.rules],
         "scale": merge.settings.scale,
         "seed": merge.settings.seed,
         "dtype": str(merge.settings.dtype),
@@ -253,25 +238,3 @@ def _surgery(plan: Path | None, config: dict[str, Any]) -> Surgery | None:
     found = Plan.load(plan)
     widths = {name: value for name, value in found.architecture.items() if name != "family"}
     return Surgery(replace(describe(config), **widths), found)
-
-
-def _measure(merge: StreamMerge, prepared: Any, calibration: str) -> dict[str, dict[str, Any]]:
-    """Source name -> tensor -> (inputs, energy), from the base's own activations."""
-    tokenizer = load_tokenizer(prepared)
-    model = load_base(prepared, "float32").eval()
-    rows = sources.training_rows(sources.read(calibration, "--calibration"))
-    part, _ = prepare.convert(rows, "auto", bool(tokenizer.chat_template))
-    encoded, batches, tokens = token_rows(tokenizer, part.examples, 512), [], 0
-    for row in encoded:
-        ids = torch.tensor([row.input_ids])
-        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        tokens += ids.numel()
-        if tokens >= _CALIBRATION_TOKENS:
-            break
-    if not batches:
-        raise DataError(f"--calibration {calibration} has no usable row")
-    found: dict[str, dict[str, Any]] = {source.name: {} for source in merge.sources}
-    for source in merge.sources:
-        deltas = {name: delta for name in merge.changed for own, delta in merge.delta_of(name) if own is source}
-        found[source.name] = dict(measure_inputs(model, deltas, batches))
-    return found

@@ -14,15 +14,23 @@ from prunetune.cli.main import app
 from prunetune.core.errors import DataError, PlanMismatchError, UnsupportedModelError
 from prunetune.export.stream_merge import MergeSettings
 from prunetune.model.delta_file import DeltaFile
-from prunetune.pipeline.merge_run import MergeRequest, save_run
+from prunetune.pipeline.merge_request import MergeRequest
+from prunetune.pipeline.merge_run import save_run
 from tests.export.test_stream_merge import CONFIGS, adapter, merged, saved, tensors
 from tests.support import tiny_model
 
 EXACT = MergeSettings(dtype=torch.float32)
 
 
-def stored(base: Path, tuned: Path, file: Path, drop: float = 0.7, settings: MergeSettings = EXACT) -> Path:
-    save_run(MergeRequest([tuned], str(base), settings=settings), file, drop=drop)
+def stored(
+    base: Path,
+    tuned: Path,
+    file: Path,
+    drop: float = 0.7,
+    settings: MergeSettings = EXACT,
+    allow_large: bool = True,
+) -> Path:
+    save_run(MergeRequest([tuned], str(base), settings=settings, allow_large=allow_large), file, drop=drop)
     return file
 
 
@@ -30,7 +38,7 @@ def stored(base: Path, tuned: Path, file: Path, drop: float = 0.7, settings: Mer
 def test_applying_a_file_is_merging_with_dare(kind, base, tmp_path):
     tuned = adapter(base, tmp_path / "adapter", **CONFIGS[kind])
     file = stored(base, tuned, tmp_path / "tiny.delta")
-    expected = tensors(merged(tmp_path, [tuned], base, "direct", delta="dare", options={"drop": 0.7}))
+    expected = tensors(merged(tmp_path, [tuned], base, "direct", delta="dare", options={"drop": 0.7}, allow_large=True))
     found = tensors(merged(tmp_path, [file], base, "applied"))
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
@@ -41,8 +49,10 @@ def test_applying_a_file_is_merging_with_dare(kind, base, tmp_path):
 
 def test_a_whole_models_delta_shrinks_with_what_is_dropped(base, tmp_path):
     tuned = saved(tiny_model(seed=3, tie_word_embeddings=False), tmp_path / "tuned")
-    sizes = [stored(base, tuned, tmp_path / f"{drop}.delta", drop).stat().st_size for drop in (0.0, 0.5, 0.9)]
+    sizes = [stored(base, tuned, tmp_path / f"{drop}.delta", drop).stat().st_size for drop in (0.0, 0.5)]
     assert sizes[0] > 1.7 * sizes[1]
+    with pytest.raises(DataError, match="large"):
+        stored(base, tuned, tmp_path / "refused.delta", 0.9, allow_large=False)
     everything = tensors(merged(tmp_path, [tmp_path / "0.0.delta"], base, "all"))
     for name, tensor in tensors(tuned).items():
         torch.testing.assert_close(everything[name], tensor, atol=1e-6, rtol=1e-6)

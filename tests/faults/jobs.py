@@ -16,15 +16,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from prunetune.cli.main import app
 from prunetune.config.schema import RunConfig
+from prunetune.core.files import write_text
 from prunetune.data.store import read_scores
 from prunetune.export.stream_merge import MERGE_FILE, MergeSettings
 from prunetune.export.write import METADATA_FILE, export_model
 from prunetune.model.plan import Plan
 from prunetune.model.resolve import resolve_model
-from prunetune.pipeline.folder import RESOLVED
+from prunetune.pipeline.folder import RESOLVED, resolved_text
 from prunetune.pipeline.loading import load_tokenizer, load_trained
-from prunetune.pipeline.merge_run import MergeRequest, merge_run
+from prunetune.pipeline.merge_request import MergeRequest
+from prunetune.pipeline.merge_run import merge_run
 from prunetune.pipeline.run import run
 from prunetune.pipeline.score_run import score_run
 from prunetune.pipeline.select_run import select_run
@@ -72,6 +75,18 @@ def _run(root: Path, folder: Path) -> None:
     run(configuration(root, folder), resume=(folder / RESOLVED).exists())
 
 
+def _kept(root: Path, folder: Path) -> None:
+    # With every checkpoint, so that those which rotation would take away can be compared.
+    run(configuration(root, folder, keep=STEPS), resume=(folder / RESOLVED).exists())
+
+
+def _command(root: Path, folder: Path) -> None:
+    """`prunetune train`, for what the command line makes of a fault."""
+    settings = folder.with_suffix(".yaml")
+    write_text(settings, resolved_text(configuration(root, folder, keep=STEPS)))
+    app(["train", str(settings), *(["--resume"] if (folder / RESOLVED).exists() else [])])
+
+
 def _merge(root: Path, folder: Path) -> None:
     settings = MergeSettings(shard_size=60_000)
     request = MergeRequest([root / "adapter"], str(root / "model"), delta="dare", options={"drop": 0.5})
@@ -81,7 +96,7 @@ def _merge(root: Path, folder: Path) -> None:
 def _export(root: Path, folder: Path) -> None:
     # The proof of an export runs in a process of its own, which nobody kills here.
     prepared = resolve_model(str(root / "model"))
-    model, plan = load_trained(root / "whole" / "run", prepared, "float32")
+    model, plan = load_trained(root / "whole" / "kept", prepared, "float32")
     tokenizer = load_tokenizer(prepared)
     for _ in ("made", "replaced"):
         export_model(model, tokenizer, folder / "again", shard_size=60_000, plan=plan, replace=True, verify=False)
@@ -92,7 +107,14 @@ def _score(root: Path, folder: Path) -> None:
     select_run(folder / "scores", folder / "chosen", replace=True, samples_method="loss", samples_kept=0.5)
 
 
-JOBS: dict[str, Callable[[Path, Path], None]] = {"run": _run, "merge": _merge, "export": _export, "score": _score}
+JOBS: dict[str, Callable[[Path, Path], None]] = {
+    "run": _run,
+    "kept": _kept,
+    "command": _command,
+    "merge": _merge,
+    "export": _export,
+    "score": _score,
+}
 
 
 # ---- what comes out, and what must never be there
@@ -100,7 +122,7 @@ JOBS: dict[str, Callable[[Path, Path], None]] = {"run": _run, "merge": _merge, "
 
 def outcome(job: str, folder: Path) -> dict[str, Any]:
     """Everything that a finished job is judged by: digests of weights and plans, metrics without times."""
-    if job == "run":
+    if job in ("run", "kept", "command"):
         last = newest(folder / "train", folder / "train" / "freeze")
         assert last is not None
         return {

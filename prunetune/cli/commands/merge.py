@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from prunetune.pipeline.merge_run import MergeRequest
 
 Folders = Annotated[
     list[Path], typer.Argument(metavar="SOURCES...", help="folders of LoRA adapters or of fine-tuned models")
@@ -19,6 +16,10 @@ Plan = Annotated[
 ]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="file of rows, for methods that look at real inputs")
+]
+
+AllowLarge = Annotated[
+    bool, typer.Option("--allow-large", help="drop by lot although the changes are so large that it is known to fail")
 ]
 
 delta = typer.Typer(name="delta", help="What adapters and tuned models changed.", no_args_is_help=True)
@@ -39,6 +40,22 @@ def merge(
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="further options of the delta method")
     ] = None,
+    rescale: Annotated[
+        str | None,
+        typer.Option(
+            "--rescale",
+            help="what survivors of random dropping are divided by: auto, closed_form, analytic, search (all need "
+            "--calibration), inverse_keep, l1, none, or a number",
+        ),
+    ] = None,
+    judge: Annotated[
+        str, typer.Option("--judge", help="a search goes by the loss on the rows' labels, or by changes of the outputs")
+    ] = "loss",
+    rules: Annotated[
+        list[str] | None,
+        typer.Option("--for", metavar="'REGEX: KEY=VALUE ...'", help="other weights, drop, ... for some tensors"),
+    ] = None,
+    output: Annotated[str, typer.Option("--output", help="model, or adapter: a LoRA adapter again")] = "model",
     plan: Plan = None,
     calibration: Calibration = None,
     scale: Annotated[float, typer.Option(help="of the merged delta")] = 1.0,
@@ -47,15 +64,31 @@ def merge(
     ] = None,
     shard_size: Annotated[str, typer.Option(help="a weights file is at most so large")] = "2GB",
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
+    allow_large: AllowLarge = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a former merge there")] = False,
 ) -> None:
     """Merge adapters or fine-tuned models into a base, streaming: memory does not grow with the model."""
     from prunetune.core.sizes import parse_bytes
     from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.merge_request import MergeRequest, parse_rule, parse_weights
     from prunetune.pipeline.merge_run import merge_run
 
-    settings = MergeSettings(scale=scale, seed=seed, dtype=_dtype(dtype), shard_size=parse_bytes(shard_size))
-    request = _request(sources, base, how, weights, method, drop, options, plan, calibration, settings)
+    request = MergeRequest(
+        sources,
+        base,
+        how,
+        None if weights is None else parse_weights(weights),
+        method,
+        _options(drop, options),
+        plan,
+        calibration,
+        MergeSettings(scale=scale, seed=seed, dtype=_dtype(dtype), shard_size=parse_bytes(shard_size)),
+        rescale,
+        _one_of("--judge", judge, "loss", "outputs"),
+        [parse_rule(rule) for rule in rules or ()],
+        _one_of("--output", output, "model", "adapter"),
+        allow_large,
+    )
     merge_run(request, out, overwrite=overwrite)
 
 
@@ -64,9 +97,10 @@ def info(sources: Folders, base: Base, plan: Plan = None, calibration: Calibrati
     """Show how large the changes are, tensor by tensor, and how much of them could be dropped."""
     from prunetune.cli.delta_view import show_info
     from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.merge_request import MergeRequest
     from prunetune.pipeline.merge_run import delta_info
 
-    request = _request(sources, base, "linear", None, None, None, None, plan, calibration, MergeSettings())
+    request = MergeRequest(sources, base, plan=plan, calibration=calibration, settings=MergeSettings())
     show_info(delta_info(request))
 
 
@@ -79,11 +113,13 @@ def save(
     calibration: Calibration = None,
     dtype: Annotated[str, typer.Option(help="of the stored values: float32, bfloat16 or float16")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="of the random mask")] = 0,
+    allow_large: AllowLarge = False,
 ) -> None:
     """Store what random dropping leaves of a delta: values only, places are drawn again from the seed."""
     from prunetune.core.errors import ConfigError, Problem
     from prunetune.core.sizes import parse_fraction
     from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.merge_request import MergeRequest
     from prunetune.pipeline.merge_run import save_run
 
     try:
@@ -93,7 +129,7 @@ def save(
     if not 0 <= share <= 1:
         raise ConfigError([Problem(f"{drop} is not between 0% and 100%", "--drop")])
     settings = MergeSettings(seed=seed, dtype=_dtype(dtype))
-    request = _request([source], base, "linear", None, None, None, None, None, calibration, settings)
+    request = MergeRequest([source], base, calibration=calibration, settings=settings, allow_large=allow_large)
     save_run(request, out, drop=share)
 
 
@@ -109,27 +145,14 @@ def apply(
 ) -> None:
     """Add a stored delta to its base; the same as merging the file."""
     from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.merge_request import MergeRequest
     from prunetune.pipeline.merge_run import merge_run
 
-    settings = MergeSettings(dtype=_dtype(dtype))
-    request = _request([file], base, "linear", None, None, None, None, None, None, settings)
-    merge_run(request, out, overwrite=overwrite)
+    merge_run(MergeRequest([file], base, settings=MergeSettings(dtype=_dtype(dtype))), out, overwrite=overwrite)
 
 
-def _request(
-    sources: list[Path],
-    base: str,
-    how: str,
-    weights: str | None,
-    method: str | None,
-    drop: str | None,
-    options: list[str] | None,
-    plan: Path | None,
-    calibration: str | None,
-    settings: Any,
-) -> MergeRequest:
+def _options(drop: str | None, options: list[str] | None) -> dict[str, Any]:
     from prunetune.core.errors import ConfigError, Problem
-    from prunetune.pipeline.merge_run import MergeRequest
 
     given: dict[str, Any] = {"drop": drop} if drop is not None else {}
     for option in options or []:
@@ -137,11 +160,15 @@ def _request(
         if not sign:
             raise ConfigError([Problem(f"{option} is not KEY=VALUE", "--set")])
         given[key] = value
-    try:
-        numbers = None if weights is None else [float(part) for part in weights.split(",")]
-    except ValueError:
-        raise ConfigError([Problem(f"{weights} is not a list of numbers such as .5,.3,.2", "--weights")]) from None
-    return MergeRequest(sources, base, how, numbers, method, given, plan, calibration, settings)
+    return given
+
+
+def _one_of(where: str, value: str, *words: str) -> Any:
+    from prunetune.core.errors import ConfigError, Problem
+
+    if value not in words:
+        raise ConfigError([Problem(f"{value} is not {' or '.join(words)}", where)])
+    return value
 
 
 def _dtype(name: str | None) -> Any:

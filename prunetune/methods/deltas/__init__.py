@@ -81,6 +81,8 @@ class DeltaMethod(ABC):
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     paper: ClassVar[str] = ""
+    # Whether chance decides what stays: safe for small changes only.
+    random: ClassVar[bool] = False
     # With the options it was given: whether it needs inputs seen on calibration rows, which option is left to a search,
     # and whether it ranks the entries of all tensors together.
     calibrated: bool = False

@@ -5,7 +5,7 @@ Legend: m x n the delta's shape, b rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,23 @@ def largest_of_rows(delta: Delta, count: int, score: Score, skip: int = 0) -> De
         return torch.zeros_like(block).scatter_(1, order, block.gather(1, order))
 
     return Mapped(delta, change)
+
+
+def shares(deltas: Mapping[str, Delta], count: int) -> dict[str, int]:
+    """How many of the ``count`` largest entries of all tensors each one has; of equals the earlier tensors' first."""
+    sizes = {name: delta.shape[0] * delta.shape[1] for name, delta in deltas.items()}
+    if count <= 0 or count >= sum(sizes.values()):
+        return dict.fromkeys(deltas, 0) if count <= 0 else sizes
+    value, ties = _value_at(list(deltas.values()), count)
+    found = {}
+    for name, delta in deltas.items():
+        larger = tied = 0
+        for _, block in delta.blocks():
+            bits = _bits(block)
+            larger, tied = larger + int((bits > value).sum()), tied + int((bits == value).sum())
+        found[name] = larger + min(ties, tied)
+        ties -= min(ties, tied)
+    return found
 
 
 def largest_of_tensor(delta: Delta, count: int, skip: int = 0) -> Delta:
@@ -60,22 +77,25 @@ def _bits(block: Tensor) -> Tensor:
 
 
 def _nth_largest(delta: Delta, rank: int) -> tuple[int | None, int]:
-    """(bits of the smallest of the ``rank`` largest, how many of its equals are among them); None: all are."""
+    """As ``_value_at`` for one tensor; None if it has no more entries."""
     m, n = delta.shape
-    if rank >= m * n:
-        return None, 0
-    high = _histogram(delta, lambda bits: bits >> _BITS)
-    top, above = _bin_of(high, rank)
-    low = _histogram(delta, lambda bits: torch.where(bits >> _BITS == top, bits & (2**_BITS - 1), -1))
+    return (None, 0) if rank >= m * n else _value_at([delta], rank)
+
+
+def _value_at(deltas: Sequence[Delta], rank: int) -> tuple[int, int]:
+    """(bits of the smallest of the ``rank`` largest, how many of its equals are among them)."""
+    top, above = _bin_of(_histogram(deltas, lambda bits: bits >> _BITS), rank)
+    low = _histogram(deltas, lambda bits: torch.where(bits >> _BITS == top, bits & (2**_BITS - 1), -1))
     bottom, more = _bin_of(low, rank - above)
     return (top << _BITS) + bottom, rank - above - more
 
 
-def _histogram(delta: Delta, key: Callable[[Tensor], Tensor]) -> Tensor:
+def _histogram(deltas: Sequence[Delta], key: Callable[[Tensor], Tensor]) -> Tensor:
     total = torch.zeros(2**_BITS, dtype=torch.int64)
-    for _, block in delta.blocks():
-        keys = key(_bits(block)).flatten()
-        total += torch.bincount(keys[keys >= 0], minlength=2**_BITS)
+    for delta in deltas:
+        for _, block in delta.blocks():
+            keys = key(_bits(block)).flatten()
+            total += torch.bincount(keys[keys >= 0], minlength=2**_BITS)
     return total
 
 

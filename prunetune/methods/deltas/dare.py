@@ -34,6 +34,7 @@ class Dare(DeltaMethod):
 
     Options = DareOptions
     paper = "arXiv 2311.03099"
+    random = True
 
     def __init__(self, options: DareOptions):
         super().__init__(options)

@@ -48,6 +48,7 @@ class DarexQ(DeltaMethod):
 
     Options = DarexOptions
     paper = "arXiv 2410.09344"
+    random = True
 
     def __init__(self, options: DarexOptions):
         super().__init__(options)

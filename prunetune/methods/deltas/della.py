@@ -33,6 +33,7 @@ class Della(DeltaMethod):
 
     Options = DellaOptions
     paper = "arXiv 2406.11617"
+    random = True
 
     def __init__(self, options: DellaOptions):
         super().__init__(options)

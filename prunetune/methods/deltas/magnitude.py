@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
 
+from prunetune.core.errors import DataError
 from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions
-from prunetune.methods.deltas._largest import largest_of_rows, largest_of_tensor
+from prunetune.methods.deltas._largest import largest_of_rows, largest_of_tensor, shares
 from prunetune.model.deltas import Delta
 
 
 class MagnitudeOptions(DropOptions):
     """Options of magnitude."""
 
-    scope: Literal["tensor", "row"] = Field("tensor", description="entries compete within a tensor, or within a row")
+    scope: Literal["tensor", "row", "model"] = Field(
+        "tensor", description="entries compete within a tensor, within a row, or within the whole model"
+    )
     outliers: float = Field(0.0, ge=0, lt=1, description="fraction of the largest entries that is dropped first")
 
 
@@ -31,12 +35,23 @@ class Magnitude(DeltaMethod):
     def __init__(self, options: MagnitudeOptions):
         super().__init__(options)
         self.options: MagnitudeOptions = options
+        self.ranks_all = options.scope == "model"
 
     def apply(self, delta: Delta, context: DeltaContext) -> Delta:
         m, n = delta.shape
         drop, outliers = self.options.drop, min(self.options.outliers, self.options.drop)
         if drop == 0:
             return delta
+        if self.options.scope == "model":
+            if context.ranks is None:
+                raise DataError(f"magnitude ranks all tensors together, and {delta.place.name} was given alone")
+            return largest_of_tensor(delta, context.ranks[1], skip=context.ranks[0])
         if self.options.scope == "tensor":
             return largest_of_tensor(delta, round((1 - drop) * m * n), skip=round(outliers * m * n))
         return largest_of_rows(delta, round((1 - drop) * n), lambda block: block.abs(), skip=round(outliers * n))
+
+    def ranks_of(self, deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int]]:
+        total = sum(delta.shape[0] * delta.shape[1] for delta in deltas.values())
+        skip = round(min(self.options.outliers, self.options.drop) * total)
+        leaving, ranked = shares(deltas, skip), shares(deltas, skip + round((1 - self.options.drop) * total))
+        return {name: (leaving[name], ranked[name] - leaving[name]) for name in deltas}

@@ -30,6 +30,7 @@ class Structural(DeltaMethod):
 
     Options = StructuralOptions
     paper = "arXiv 2410.09344"
+    random = True
 
     def __init__(self, options: StructuralOptions):
         super().__init__(options)

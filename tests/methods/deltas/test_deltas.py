@@ -239,6 +239,30 @@ def test_magnitude_keeps_exactly_the_largest(scope, outliers):
         assert set(after.nonzero().flatten().tolist()) == set(order.tolist())
 
 
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+def test_magnitude_over_the_whole_model_keeps_the_largest_of_all_tensors(outliers):
+    dense = {name: lora(seed=seed).whole().mul(scale).round(decimals=1) for seed, (name, scale) in enumerate(SCALES)}
+    parts = {
+        name: Difference(Place(name, (M, N)), lambda a, b, w=w: w[a:b], lambda a, b: torch.zeros(b - a, N))
+        for name, w in dense.items()
+    }
+    method = build_delta("magnitude", {"drop": 0.9, "scope": "model", "outliers": outliers})
+    ranks = method.ranks_of(parts)
+    found = torch.cat([method.apply(parts[n], DeltaContext(ranks=ranks[n])).whole().flatten() for n in parts])
+    everything = torch.cat([w.flatten() for w in dense.values()])
+    order = torch.sort(everything.abs(), descending=True, stable=True).indices
+    skip = round(outliers * everything.numel())
+    expected = torch.zeros_like(everything)
+    chosen = order[skip : skip + round(0.1 * everything.numel())]
+    expected[chosen] = everything[chosen]
+    assert torch.equal(found, expected)
+    with pytest.raises(DataError, match="alone"):
+        method.apply(parts["w0"], DeltaContext())
+
+
+SCALES = (("w0", 1.0), ("w1", 0.3), ("w2", 2.0))
+
+
 def test_magnitude_is_exact_with_ties_and_zeros():
     dense = torch.tensor([[1.0, -1.0, 0.0, 2.0], [1.0, 0.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.5]])
 
