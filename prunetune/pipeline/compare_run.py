@@ -61,8 +61,7 @@ def compare_recipes(path: Path, overrides: Sequence[str] = (), *, only: str | No
     note(f"{len(comparison.cells)} runs, {len(waiting)} of them to do; results in {comparison.folder}")
     for number, cell in enumerate(waiting, 1):
         note(f"[bold]{number}/{len(waiting)}[/bold] {cell.label}{_budget(cell)}, seed {cell.seed}")
-        command = [sys.executable, "-m", "prunetune", "compare", str(path), *overrides, "--only", cell.id]
-        if subprocess.run(command).returncode != 0:
+        if not _run_apart(path, overrides, cell.id):
             warn(f"{cell.id} failed; going on with the others")
             failed.append(cell.id)
         write_comparison(comparison.folder, results_of(comparison))
@@ -72,6 +71,12 @@ def compare_recipes(path: Path, overrides: Sequence[str] = (), *, only: str | No
         again = " ".join(["prunetune compare", str(path), *overrides])
         raise DataError(f"{len(failed)} of {len(comparison.cells)} runs failed ({', '.join(failed)}); again: {again}")
     return found
+
+
+def _run_apart(path: Path, overrides: Sequence[str], only: str) -> bool:
+    """Runs one cell in a process of its own, so that its peak memory is its own; whether it succeeded."""
+    command = [sys.executable, "-m", "prunetune", "compare", str(path), *overrides, "--only", only]
+    return subprocess.run(command).returncode == 0
 
 
 def results_of(comparison: Comparison) -> list[dict[str, Any]]:

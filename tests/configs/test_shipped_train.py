@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prunetune.config.load import load_config
+from prunetune.pipeline.compare_run import read_comparison
 from prunetune.pipeline.run import run
 from tests.support import tiny_folder, tiny_rows, write_rows
 
@@ -46,3 +47,14 @@ def test_shipped_configuration_trains_a_step_of_each_phase(path: Path, tmp_path:
 
 def test_there_are_shipped_configurations() -> None:
     assert {"quickstart", "medicine"} <= {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/compare/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_comparison_names_methods_that_exist(path: Path) -> None:
+    cells = read_comparison(path, []).cells
+    assert {cell.kind for cell in cells} == {"base", "dense", "joint", "one_shot"}
+    # Every budget and seed has its control.
+    controls = {
+        (cell.kept, cell.seed) for cell in cells if cell.kind == "joint" and cell.config.mask.method == "random"
+    }
+    assert controls == {(cell.kept, cell.seed) for cell in cells if cell.kept is not None}
