@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from prunetune.core.errors import ConfigError, Problem
+from prunetune.model.quantized import quantized_linears
 from prunetune.model.surgery import base_model, foreign_quantization
 from prunetune.model.token_stats import logit_softcap
 
@@ -75,6 +76,12 @@ def refusals(trainer: Any, optimizer: Any) -> list[Problem]:
         "distributed_type",
         "FSDP and DeepSpeed shard weights or optimizer states, which the freeze cannot slice yet; launch with DDP "
         "(configs/accelerate/ddp.yaml)",
+    )
+    refuse(
+        quantized_linears(model) and (trainer.is_fsdp_enabled or zero_stage(trainer) == 3),
+        "distributed_type",
+        "the codes and scales of a base that bitsandbytes quantised cannot be spread over processes; launch with DDP "
+        "or ZeRO-2, where every process holds the (small) base whole",
     )
     foreign = foreign_quantization(model)
     refuse(foreign, "model", f"{foreign}, whose packed weights cannot be cut; load it in bfloat16, or in nf4 or int8")

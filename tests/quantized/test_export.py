@@ -88,6 +88,9 @@ def test_export_is_the_model_that_was_trained(done: RunReport, root: Path) -> No
     found = facts(done.folder / "compact")
     assert found["metadata"]["merged_onto"] == "the dequantised nf4 weights that were trained with"
     difference = found["verification"]["from_trained"]
+    card = (done.folder / "README.md").read_text()
+    assert "the adapters are merged onto the dequantised nf4 weights that were trained with" in card
+    assert f"against the trained model: kl: {difference['kl']:.3g}" in card
     assert difference["kl"] < 1e-3
     assert difference["agreement"] > 0.9
     assert found["verification"]["merge_difference"] <= 1e-4

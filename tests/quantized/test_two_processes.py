@@ -1,0 +1,34 @@
+"""Two processes on a CPU (gloo) with a quantised base each, and one process, come to the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.test_two_processes import launch, saved
+from tests.quantized.quantized_runs import quantized_folder
+from tests.train.joint_runs import require_same
+
+pytestmark = pytest.mark.slow  # starting two processes of torch takes longer than what they do
+SCRIPT = "tests.quantized.two_processes_script"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_base_under_ddp(tmp_path: Path, kind: str) -> None:
+    base = str(quantized_folder(tmp_path / "base"))
+    first, second = launch(2, tmp_path / "two", SCRIPT, base=base, kind=kind, rows=2)
+    [alone] = launch(1, tmp_path / "one", SCRIPT, base=base, kind=kind, rows=4)
+    assert first["engine"] == "MULTI_CPU", "what accelerate calls a MULTI_GPU launch on CPUs"
+    assert first["processes"] == second["processes"] == 2
+    assert first["plan"] == second["plan"] == alone["plan"] is not None
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    require_same(saved(tmp_path / "two", 0), saved(tmp_path / "two", 1))
+    # Compensated weights differ in their last bits, which can tip a code: one step of its block's scale.
+    together, apart = saved(tmp_path / "two"), saved(tmp_path / "one")
+    assert together.keys() == apart.keys()
+    for name, value in apart.items():
+        tipped = (together[name] - value).abs() > 1e-3 * value.abs().max()
+        assert tipped.float().mean() < 0.02, name
+        assert torch.isfinite(value).all()
