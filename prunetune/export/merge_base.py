@@ -23,8 +23,9 @@ from prunetune.model.quantized import FloatLinear, in_floats, is_quantized, keep
 from prunetune.model.source import SourceWeights
 from prunetune.model.surgery import base_model, plain_path
 
-# In nats a token: e^0.5 is a perplexity higher by two thirds.
-TOLERANCE = 0.5
+# In nats a token. Rounding a real 135M model to nf4 moves its answers by 0.3, to fp4 by 0.6 (larger models move less),
+# and that is what a merge onto the original weights changes; weights of another model move them by several nats.
+TOLERANCE = 1.0
 
 
 def adapts_quantized(module: nn.Module) -> bool:
@@ -83,7 +84,7 @@ def difference_to_trained(trained: list[Tensor], exported: list[Tensor]) -> dict
         (the largest), ``tokens``.
 
     Raises:
-        ExportError: they are more than TOLERANCE apart. Rounding a real 135M model to nf4 moves it by a tenth of that.
+        ExportError: they are more than TOLERANCE apart.
     """
     wanted, found = torch.cat(trained), torch.cat(exported)
     kl = mean_kl(wanted, found)

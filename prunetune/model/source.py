@@ -152,7 +152,7 @@ def _require_near(found: Tensor, wanted: Tensor, fault: str) -> float:
     error = relative_error(found, wanted)
     if not error <= LARGEST_ERROR:
         raise UnsupportedModelError(
-            f"{fault}: off by {error:.0%}, where rounding to 4 bit gives 9 to 13% (bound {LARGEST_ERROR:.0%}). "
+            f"{fault}: off by {error:.0%}, where rounding to 4 bit gives 9 to 15% (bound {LARGEST_ERROR:.0%}). "
             "Load the quantised base from the folder that config._name_or_path names, unchanged"
         )
     return error

@@ -12,9 +12,11 @@ from typing import Any
 from prunetune.config.presets import derive, export_folder, total_steps
 from prunetune.config.schema import PruneConfig, RunConfig, SampleConfig, TokenConfig
 from prunetune.core.console import console, is_main_process, note
+from prunetune.core.files import read_json
 from prunetune.core.records import DataBundle, EvalResult, ExportedModel, PreparedModel
 from prunetune.data.load import PYDOCS, load_bundle
 from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
+from prunetune.export.write import METADATA_FILE
 from prunetune.methods.compensation import COMPENSATIONS
 from prunetune.methods.deltas import DELTAS
 from prunetune.methods.masks import MASKS
@@ -238,9 +240,15 @@ def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: D
         "steps": done.steps,
         "seconds": done.seconds,
         "verification": done.exported.verification if done.exported else {},
+        "merged_onto": _merged_onto(done.exported),
         "warnings": data.facts.get("warnings", []),
         "export": str(export_folder(config)),
     }
+
+
+def _merged_onto(exported: ExportedModel | None) -> str:
+    """What the adapters of a quantised base were merged onto."""
+    return "" if exported is None else read_json(exported.folder / METADATA_FILE)["metadata"].get("merged_onto", "")
 
 
 def _closing(config: RunConfig, results: tuple[EvalResult, ...] | list[EvalResult]) -> None:

@@ -88,12 +88,14 @@ def title(record: RunRecord) -> str:
 
 def how_made(record: RunRecord) -> str:
     """What the run did, in general terms."""
+    onto = record.facts.get("merged_onto")
+    base = f" The base was quantised while training; the adapters are merged onto {onto}." if onto else ""
     if record.plan is None:
-        return "The base model was fine-tuned with LoRA adapters, which are merged; nothing was pruned."
+        return f"The base model was fine-tuned with LoRA adapters, which are merged; nothing was pruned.{base}"
     return (
         "The base model was fine-tuned with LoRA adapters and pruned in the same run by prunetune: gates on whole "
         "units closed while the adapters learnt, the decision was frozen, the model was cut, and training went on "
-        "with the small model. The adapters are merged."
+        f"with the small model. The adapters are merged.{base}"
     )
 
 
@@ -178,8 +180,10 @@ def _chosen(record: RunRecord) -> str:
 
 def verification_rows(record: RunRecord) -> list[tuple[str, str]]:
     """(check, outcome) of the export's verification, if the caller passed it."""
-    checks = record.facts.get("verification") or {}
-    return [(str(name).replace("_", " "), _text(value)) for name, value in checks.items()]
+    checks = dict(record.facts.get("verification") or {})
+    nested = checks.pop("from_trained", {})  # of a quantised base
+    rows = [(str(name).replace("_", " "), _text(value)) for name, value in checks.items()]
+    return rows + [(f"against the trained model: {name.replace('_', ' ')}", _text(nested[name])) for name in nested]
 
 
 def papers(record: RunRecord) -> list[tuple[str, str]]:
