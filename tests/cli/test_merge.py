@@ -42,6 +42,30 @@ def test_merge_with_options_and_weights(place: Path) -> None:
     assert json.loads((place / "one/config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_options_reach_the_merge(place: Path) -> None:
+    words = (
+        "--delta",
+        "dare",
+        "--drop",
+        "90%",
+        "--rescale",
+        "auto",
+        "--calibration",
+        "rows.jsonl",
+        "--judge",
+        "outputs",
+    )
+    done = typed("merge", "a", "--base", "base", *words, "--for", "q_proj: drop=50%", "--allow-large", "--out", "out")
+    assert done.exit_code == 0, done.output
+    facts = json.loads((place / "out/prunetune_merge.json").read_text())
+    assert facts["delta"]["method"] == "darex_q"
+    assert facts["delta"]["multiplier"] > 0
+    assert facts["rules"][0]["options"] == {"drop": "50%"}
+    done = typed("merge", "a", "b", "--base", "base", "--output", "adapter", "--out", "joined")
+    assert done.exit_code == 0, done.output
+    assert json.loads((place / "joined/adapter_config.json").read_text())["r"] == 8
+
+
 def test_info_shows_every_kind_of_matrix(place: Path) -> None:
     done = typed("delta", "info", "a", "--base", "base", "--calibration", "rows.jsonl")
     assert done.exit_code == 0, done.output
@@ -59,6 +83,11 @@ def test_info_shows_every_kind_of_matrix(place: Path) -> None:
         (("--delta", "dare", "--set", "dorp=1"), "drop"),
         (("--dtype", "int8"), "float32"),
         (("--how", "tise"), "ties"),
+        (("--shard-size", "200"), "180MB"),
+        (("--judge", "los"), "loss or outputs"),
+        (("--output", "lora"), "model or adapter"),
+        (("--for", "mlp"), "REGEX: KEY=VALUE"),
+        (("--rescale", "atuo", "--delta", "dare"), "auto"),
     ],
 )
 def test_what_cannot_work_is_said(words: tuple[str, ...], said: str, place: Path) -> None:

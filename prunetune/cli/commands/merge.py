@@ -68,7 +68,6 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a former merge there")] = False,
 ) -> None:
     """Merge adapters or fine-tuned models into a base, streaming: memory does not grow with the model."""
-    from prunetune.core.sizes import parse_bytes
     from prunetune.export.stream_merge import MergeSettings
     from prunetune.pipeline.merge_request import MergeRequest, parse_rule, parse_weights
     from prunetune.pipeline.merge_run import merge_run
@@ -82,7 +81,7 @@ def merge(
         _options(drop, options),
         plan,
         calibration,
-        MergeSettings(scale=scale, seed=seed, dtype=_dtype(dtype), shard_size=parse_bytes(shard_size)),
+        MergeSettings(scale=scale, seed=seed, dtype=_dtype(dtype), shard_size=_bytes(shard_size)),
         rescale,
         _one_of("--judge", judge, "loss", "outputs"),
         [parse_rule(rule) for rule in rules or ()],
@@ -161,6 +160,16 @@ def _options(drop: str | None, options: list[str] | None) -> dict[str, Any]:
             raise ConfigError([Problem(f"{option} is not KEY=VALUE", "--set")])
         given[key] = value
     return given
+
+
+def _bytes(text: str) -> int:
+    from prunetune.core.errors import ConfigError, Problem
+    from prunetune.core.sizes import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError([Problem(str(error), "--shard-size")]) from None
 
 
 def _one_of(where: str, value: str, *words: str) -> Any:
