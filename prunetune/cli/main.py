@@ -1,6 +1,7 @@
 """The command line. Commands are thin and import what they need when they run, so that help is instant.
 
-Exit codes: 0 done, 1 failed (message, no traceback), 2 wrong configuration or usage, 130 interrupted.
+Exit codes: 0 done, 1 failed (message, no traceback), 2 wrong configuration or usage, 130 interrupted, 75 terminated by
+a scheduler (SIGTERM) with everything saved: requeue the same command with --resume.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typer.core import TyperGroup
 from prunetune import __version__
 from prunetune.cli.commands import chat, compare, data, doctor, evaluate, export, listing, merge, plan, prune, train
 from prunetune.core.console import is_main_process
-from prunetune.core.errors import ConfigError, PrunetuneError
+from prunetune.core.errors import ConfigError, PrunetuneError, TerminatedError
+from prunetune.core.files import disk_is_full
+from prunetune.core.termination import REQUEUE_EXIT_CODE
 
 
 class _Commands(TyperGroup):
@@ -28,9 +31,18 @@ class _Commands(TyperGroup):
         except PrunetuneError as error:
             _complain(str(error))
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+        except TerminatedError as stop:
+            _complain(str(stop))
+            raise typer.Exit(REQUEUE_EXIT_CODE) from None
         except KeyboardInterrupt as stop:
             _complain(str(stop) or "interrupted")
             raise typer.Exit(130) from None
+        except Exception as error:
+            # Several libraries write files, each with errors of its own.
+            if not disk_is_full(error):
+                raise
+            _complain(f"the disk is full ({error}); what was finished is whole. Free some space and start again")
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

@@ -89,6 +89,12 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
             os.close(descriptor)
 
 
+def discard(folder: Path) -> None:
+    """Deletes a folder; it is gone in one step, so that a kill leaves nothing that looks like one."""
+    with _workplace(folder) as place:
+        os.rename(folder, place / folder.name)
+
+
 def sweep(folder: Path, name: str = "*") -> None:
     """Clears away what killed writers of ``name``, or of anything, left in a folder."""
     for remains in folder.glob(f".{name}.*.partial"):

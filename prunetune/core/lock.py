@@ -22,8 +22,8 @@ def lock_path(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Holds the lock of ``folder`` for the block. ``folder`` need not exist, and may be replaced meanwhile.
+def only_one(folder: Path, *, when: bool = True) -> Iterator[None]:
+    """Holds the lock of ``folder`` for the block, if ``when``. It need not exist, and may be replaced meanwhile.
 
     On one host, and across hosts where the file system shares locks (NFS from version 4, Lustre, CephFS). A killed
     holder's lock is free at once; only where a file system has no locks at all does a marker take their place, which
@@ -32,6 +32,9 @@ def only_one(folder: Path) -> Iterator[None]:
     Raises:
         FolderInUseError: another process holds it; says which one.
     """
+    if not when:
+        yield
+        return
     from filelock import FileLock, SoftFileLock, Timeout
 
     path = lock_path(Path(folder).absolute())

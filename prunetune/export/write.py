@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import math
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from prunetune.core.console import note
 from prunetune.core.errors import ExportError, UnsupportedModelError
-from prunetune.core.files import free_bytes, new_folder, write_json
+from prunetune.core.files import disk_is_full, free_bytes, new_folder, write_json
 from prunetune.core.records import ExportedModel
 from prunetune.core.sizes import format_bytes
 from prunetune.export.merge import merged_tensors, ties_hold, untied_sources
@@ -37,7 +36,6 @@ METADATA_FILE = "prunetune.json"
 PLAN_FILE = "plan.json"
 # Tokenizer, config and card beside the weights; large vocabularies have 30 MB of tokenizer.
 _MARGIN_BYTES = 64 * 10**6
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class SavesItself(Protocol):
@@ -142,7 +140,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in _FULL or "No space left" in str(error)
+        full = disk_is_full(error)
         reason = "the disk is full" if full else f"writing failed ({error})"
         advice = "free some space or choose a folder on another disk" if full else "check the folder's disk and rights"
         raise ExportError(

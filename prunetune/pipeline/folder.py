@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import glob
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 
 from prunetune.config.schema import RunConfig
 from prunetune.core.errors import ConfigError, Problem
-from prunetune.core.files import write_json, write_text
+from prunetune.core.files import discard, sweep, write_json, write_text
 
 RESOLVED = "resolved.yaml"
 VERSIONS = "versions.json"
@@ -31,9 +31,11 @@ def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         ConfigError: the folder holds a run and neither was asked for, or the run there had other settings.
     """
     folder, text = config.folder, resolved_text(config)
+    sweep(folder.parent, glob.escape(folder.name))
+    sweep(folder)
     exists = (folder / RESOLVED).exists()
     if exists and overwrite:
-        shutil.rmtree(folder)
+        discard(folder)
     elif exists and not resume:
         raise ConfigError(
             [

@@ -13,7 +13,9 @@ from prunetune.config.presets import derive, export_folder, total_steps
 from prunetune.config.schema import PruneConfig, RunConfig, SampleConfig, TokenConfig
 from prunetune.core.console import console, is_main_process, note
 from prunetune.core.files import read_json
+from prunetune.core.lock import only_one
 from prunetune.core.records import DataBundle, EvalResult, ExportedModel, PreparedModel
+from prunetune.core.termination import terminable
 from prunetune.data.load import PYDOCS, load_bundle
 from prunetune.evaluate.harness import EvalSettings, compare, save_evaluation
 from prunetune.export.write import METADATA_FILE
@@ -79,12 +81,18 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
 
     Raises:
         PrunetuneError: with what was set, why it cannot work, and what to set instead.
-        KeyboardInterrupt: after Ctrl-C, once everything is saved.
+        KeyboardInterrupt: after Ctrl-C, once everything is saved; after SIGTERM it is a TerminatedError.
     """
     quiet_libraries()
     # The budget is checked before anything is written or loaded.
     prepared = resolve_model(config.model.name, config.model.revision)
     Planner(describe(prepared.config), config.target, config.export.dtype)
+    again = "the same command with --resume goes on"
+    with terminable(again), only_one(config.folder, when=is_main_process()):
+        return _run(config, prepared, resume, overwrite)
+
+
+def _run(config: RunConfig, prepared: PreparedModel, resume: bool, overwrite: bool) -> RunReport:
     if is_main_process():
         open_folder(config, resume=resume, overwrite=overwrite)
     tokenizer = load_tokenizer(prepared)

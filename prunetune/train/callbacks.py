@@ -22,6 +22,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from prunetune.core.console import console, is_main_process
+from prunetune.core.errors import TerminatedError
 from prunetune.core.files import write_text
 
 
@@ -158,10 +159,11 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
+        self._terminated = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        self.requested = False
+        self.requested = self._terminated = False
         # Signals can only be handled in the main thread; elsewhere they keep their meaning.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -172,10 +174,21 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def pass_on(self) -> None:
+        """Sends this process the SIGTERM anew that came too late for a step to stop at."""
+        if self._terminated:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def error(self, text: str) -> KeyboardInterrupt:
+        """What to raise once everything is saved: TerminatedError if it was SIGTERM."""
+        terminated, self._terminated = self._terminated, False
+        return TerminatedError(text) if terminated else KeyboardInterrupt(text)
+
     def _request(self, number: int, frame: Any) -> None:
         if self.requested:
             # The second time is meant: stop at once, the last checkpoint stays.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.requested = True
+        self._terminated |= number == signal.SIGTERM
         console().print("\n[yellow]![/yellow] stopping after this step and saving; once more stops at once")

@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from prunetune.config.presets import phase_steps
 from prunetune.core.console import note
 from prunetune.core.files import read_json
+from prunetune.core.lock import only_one
 from prunetune.model.budget import kept_fractions
 from prunetune.train import compat
 from prunetune.train.callbacks import JointCallback, MetricsFile, ProgressBar
@@ -84,7 +85,8 @@ class JointTrainer(FreezingTrainer):
             **kwargs: as in ``Trainer.train``.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C or SIGTERM, once everything is saved.
+            KeyboardInterrupt: after Ctrl-C, once everything is saved; after SIGTERM it is a TerminatedError.
+            FolderInUseError: another process trains into the same folder.
             DivergedError: the loss or its gradient was not finite; the last checkpoint is from before.
         """
         output_dir = Path(self.args.output_dir)
@@ -93,7 +95,7 @@ class JointTrainer(FreezingTrainer):
             note(f"going on from step {global_step(checkpoint)} ({checkpoint})")
         self._legs, self._stopped_early, result = [], False, None
         try:
-            with self._interruption:
+            with self._interruption, only_one(output_dir, when=self.accelerator.is_main_process):
                 if self.prune is not None and checkpoint is not None:
                     self._adopt(checkpoint)
                 if self.prune is not None and self.plan is None:
@@ -110,11 +112,12 @@ class JointTrainer(FreezingTrainer):
         finally:
             self._bar.close()
         if self._stopped_early:
-            raise KeyboardInterrupt(
+            raise self._interruption.error(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps}; everything is saved in "
                 f"{self.args.output_dir}. Go on with `prunetune train ... --resume`, or in Python with "
                 "trainer.train(resume_from_checkpoint=True)"
             )
+        self._interruption.pass_on()
         assert result is not None
         return TrainOutput(result.global_step, result.metrics["train_loss"], result.metrics)
 

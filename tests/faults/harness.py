@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults.jobs import JOBS, STEPS, adapters, configuration, half_written, outcome, prepare
+from tests.faults.jobs import adapters, half_written, outcome, prepare
 
+KILLED = ("run", "merge", "export", "score")
 REPOSITORY = Path(__file__).parents[2]
 # A chain that was killed so often is let through, so that every chain ends with a judgement.
 _MOST_KILLS_A_CHAIN = 6
@@ -88,21 +89,17 @@ class Tally:
 
 
 def whole_jobs(server: Zygote, root: Path) -> dict[str, Whole]:
-    """Runs every job once without a kill; the run comes first, because others export from it."""
+    """Runs every job once without a kill; the run comes first, because an export takes its model."""
     prepare(root)
     found = {}
-    for job in JOBS:
+    for job in ("kept", *KILLED[1:]):
         folder = root / "whole" / job
         answer = server.serve(job, root, folder)
         if answer["status"]:
             raise AssertionError(f"{job} fails without any kill:\n{folder.with_suffix('.log').read_text()[-3000:]}")
-        found[job] = Whole(outcome(job, folder), {}, answer["writes"], answer["seconds"])
-    # Every checkpoint, those that rotation takes away included; compared by adapter only.
-    from prunetune.pipeline.run import run
-
-    kept = root / "kept" / "run"
-    run(configuration(root, kept, keep=STEPS))
-    found["run"] = Whole(found["run"].outcome, adapters(kept), found["run"].writes, found["run"].seconds)
+        known = adapters(folder) if job == "kept" else {}
+        found[job] = Whole(outcome(job, folder), known, answer["writes"], answer["seconds"])
+    found["run"] = found["command"] = found["kept"]
     return found
 
 

@@ -4,14 +4,19 @@ Started as ``python -m tests.faults.zygote``. Reads a JSON case a line, ``{"job"
 answers with a JSON line: ``signal`` (0: ended by itself), ``status``, ``seconds``, ``writes`` (file operations inside
 the folder), ``at`` (the last of them).
 
-``kill`` is null or one of {"write": n} (before the n-th file operation), {"write": n, "bytes": b} (from there on in the
+``kill`` is null or one of {"write": n} (before the n-th file operation; or {"path": text}, the first whose path has
+the text), {"write": n, "bytes": b} (from there on in the
 middle of the first file that grows beyond b bytes: the kernel ends the process inside the write call, whoever
-writes), {"seconds": s} (whatever it does then), with {"signal": number} to send something milder than SIGKILL.
+writes), {"seconds": s} (whatever it does then). With {"signal": number} something milder than SIGKILL is sent; with
+{"full": true} nobody is killed, but no file grows beyond b bytes, as on a disk that is full. {"clock": "back"} only
+turns the clock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import locale
 import mmap
 import os
 import resource
@@ -69,14 +74,29 @@ def watch(folder: Path, kill: dict[str, Any], board: Board) -> None:
             return  # a file descriptor
         if inside not in os.path.abspath(path):
             return
-        if board.write(os.path.relpath(path, inside)) == kill.get("write"):
+        number = board.write(os.path.relpath(path, inside))
+        if number == kill.get("write") or kill.get("path", "\0") in path:
+            kill.pop("path", None)
             if "bytes" in kill:
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                if not kill.get("full"):
+                    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (kill["bytes"], kill["bytes"]))
             else:
                 os.kill(os.getpid(), kill.get("signal", signal.SIGKILL))
 
     sys.addaudithook(hook)
+
+
+def set_back() -> None:
+    """A clock that runs backwards, in a place far away where fractions are written with commas."""
+    began, real = time.time(), time.time
+    time.time = lambda: began - 3600 * (real() - began)
+    os.environ["TZ"] = "Pacific/Kiritimati"
+    time.tzset()
+    for name in ("de_DE.UTF-8", "fr_FR.UTF-8", "C"):
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_ALL, name)
+            break
 
 
 def child(case: dict[str, Any], board: Board) -> None:
@@ -87,9 +107,13 @@ def child(case: dict[str, Any], board: Board) -> None:
         log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        if (case["kill"] or {}).get("clock"):
+            set_back()
         watch(folder, case["kill"] or {}, board)
         JOBS[case["job"]](Path(case["root"]), folder)
         status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
