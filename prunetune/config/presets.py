@@ -101,6 +101,9 @@ def derive(config: RunConfig, steps: int | None) -> list[Derived]:
     per_step = f"batch {train.batch_size} x {train.accumulate} x {train.max_length} tokens, a process"
     derived = [*_phases(config, steps), Derived("tokens per step", f"up to {tokens:,}", per_step)]
     derived += _selection(config, steps)
+    if config.distill.weight:
+        reason = f"distill.weight {config.distill.weight:.0%}; one more forward pass in each of these steps"
+        derived.append(Derived("distilled", "in the search", reason))
     if train.save_every == 0:
         value = f"every {_steps(save_every(train, steps))}" if steps else "ten times"
         derived.append(Derived("checkpoint", value, f"train.save_every 0; the last {train.keep_checkpoints} are kept"))

@@ -34,7 +34,7 @@ def check(config: RunConfig) -> list[Problem]:
     """Every combination in ``config`` that cannot work; ``field`` is the dotted key to change."""
     rules = (
         *(_target, _data, _data_files, run_faults, _loss, _steps, _further_sft, _trackers),
-        *(_lora, _delta, _quantized, _folders, _evaluate),
+        *(_lora, _distill, _delta, _quantized, _folders, _evaluate),
     )
     return [Problem(message, field=field) for rule in rules for field, message in rule(config)]
 
@@ -184,6 +184,11 @@ def _delta(config: RunConfig) -> Iterator[Finding]:
     for field, user, off in (("strength", "regularize", "none"), ("train_drop_unit", "train_drop", 0.0)):
         if getattr(delta, user) == off and getattr(delta, field) != type(delta).model_fields[field].default:
             yield f"delta.{field}", f"is not used without delta.{user}; set that, or remove this"
+
+
+def _distill(config: RunConfig) -> Iterator[Finding]:
+    if config.distill.weight == 0 and config.distill.temperature != 1:
+        yield "distill.temperature", "is not used without distill.weight; set that, 0.5 for example, or remove this"
 
 
 def _quantized(config: RunConfig) -> Iterator[Finding]:

@@ -212,6 +212,13 @@ class DeltaConfig(MethodSection):
         return self.method == "identity" or self.drop == 0
 
 
+class DistillConfig(Section):
+    """Following the open model while gates close: the same network with all gates open is the teacher."""
+
+    weight: Fraction = Field(0.0, description="share of the search's loss that is KL(open || gated); 0: off")
+    temperature: float = Field(1.0, gt=0, description="both models' logits are divided by it")
+
+
 class PhaseConfig(Section):
     """Shares of the optimizer steps; recover gets what is left."""
 
@@ -303,6 +310,7 @@ class RunConfig(Section):
     target: TargetConfig
     mask: MaskConfig = MaskConfig()
     compensation: CompensationConfig = CompensationConfig()
+    distill: DistillConfig = DistillConfig()
     delta: DeltaConfig = DeltaConfig()
     phases: PhaseConfig = PhaseConfig()
     lora: LoraSection = LoraSection()
@@ -344,6 +352,7 @@ class PruneConfig(Section):
     target: TargetConfig
     mask: MaskConfig = MaskConfig()
     compensation: CompensationConfig = CompensationConfig()
+    distill: DistillConfig = DistillConfig()
     delta: DeltaConfig = DeltaConfig()
     phases: PhaseConfig = PhaseConfig()
     seed: int = 0

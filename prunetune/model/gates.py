@@ -8,8 +8,9 @@ Legend: B batch, S sequence, F features of the gated tensor, U units, T = B * S 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,7 @@ class GateSet:
         self._values: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._bypassed = False
 
     def attach(self) -> None:
         """Installs the hooks, with all gates open."""
@@ -139,6 +141,15 @@ class GateSet:
         self._handles.clear()
         self._values.clear()
         self._squares.clear()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Lets everything through, whatever the gates are, and takes nothing down while it lasts."""
+        self._bypassed = True
+        try:
+            yield
+        finally:
+            self._bypassed = False
 
     def set(self, values: Mapping[str, Tensor]) -> None:
         """Sets the gates for the forward passes to come and forgets what was collected.
@@ -180,6 +191,8 @@ class GateSet:
 
     def _input_hook(self, site: Site) -> Any:
         def gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if self._bypassed:
+                return args
             product = _product_node(args[0]) if self._recompute else None
             gated = _Gate.apply(args[0], self._values[site.name], site.block, self._square(site), product)
             return (gated, *args[1:])
@@ -188,6 +201,8 @@ class GateSet:
 
     def _output_hook(self, site: Site, unit: int) -> Any:
         def gate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if self._bypassed:
+                return output
             gate = self._values[site.name][unit : unit + 1]
             square = self._square(site)
             return _Gate.apply(output, gate, 1, None if square is None else square[unit : unit + 1])

@@ -27,12 +27,12 @@ from prunetune.train.checkpoint import (
     read_marker,
     save_mask,
 )
-from prunetune.train.freezing import FreezingTrainer
+from prunetune.train.distilling import DistillingTrainer
 from prunetune.train.joint import JointSearch, reducer
 from prunetune.train.legs import joined
 
 
-class JointTrainer(FreezingTrainer):
+class JointTrainer(DistillingTrainer):
     """SFTTrainer that also decides which structures stay, and slices the model while training goes on.
 
     Args:

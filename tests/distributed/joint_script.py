@@ -2,7 +2,7 @@
 
 Arguments: JSON with ``out``, and optionally ``rows`` of a process's batch, ``accumulate``, ``resume``, ``interrupt``
 (step in which the first process is asked to stop), ``nan`` (step in which the second process's loss is NaN), ``mask``,
-``data`` (number of rows), ``tokens`` (of refit).
+``distill`` (weight), ``data`` (number of rows), ``tokens`` (of refit).
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ def main(asked: dict[str, Any]) -> None:
     }
     trainer = joint_trainer(
         out,
-        prune=prune_config(asked.get("mask", "saliency"), refit, ("mlp_channels", "kv_groups", "layers")),
+        prune=prune_config(
+            asked.get("mask", "saliency"),
+            refit,
+            ("mlp_channels", "kv_groups", "layers"),
+            distill={"weight": asked.get("distill", 0.0)},
+        ),
         peft_config=lora(lora_dropout=0.0),
         train_dataset=rows(asked.get("data", 24)),
         eval_dataset=rows(8, seed=5),

@@ -83,6 +83,16 @@ def test_two_processes_decide_and_compute_what_one_does(two: tuple[Path, list[di
         torch.testing.assert_close(saved(out)[name], weight, rtol=1e-3, atol=2e-3, msg=name)
 
 
+@pytest.mark.parametrize("mask", ["lora_gradient", "atp", "hard_concrete"])
+def test_masks_that_read_adapters_and_distillation_decide_alike(tmp_path: Path, mask: str) -> None:
+    first, second = launch(2, tmp_path / "two", mask=mask, distill=0.5)
+    [alone] = launch(1, tmp_path / "one", rows=4, mask=mask, distill=0.5)
+    assert first["plan"] == second["plan"] is not None
+    assert first["losses"] == second["losses"]
+    assert first["losses"][:4] == pytest.approx(alone["losses"][:4], rel=1e-3)
+    require_same(saved(tmp_path / "two", 0), saved(tmp_path / "two", 1))
+
+
 def test_metrics_are_written_once(two: tuple[Path, list[dict[str, Any]]]) -> None:
     entries = metrics(two[0])
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 9))

@@ -16,12 +16,12 @@ class SmallGenerator(nn.Module):
         layers: L. logits: D.
     """
 
-    places_LE: Tensor
+    places: Tensor
 
     def __init__(self, layers: int, logits: int):
         super().__init__()
         width = 64
-        self.register_buffer("places_LE", nn.init.orthogonal_(torch.empty(layers, width)))
+        self.register_buffer("places", nn.init.orthogonal_(torch.empty(layers, width)))
         self.encoder = _encoder(width, heads=4, inner=256, layers=2)
         self.norm = nn.LayerNorm(width)
         bound = width**-0.5
@@ -29,7 +29,7 @@ class SmallGenerator(nn.Module):
 
     def forward(self) -> Tensor:
         """(L, D) logits."""
-        hidden_LE = self.norm(self.encoder(self.places_LE[None])[0])
+        hidden_LE = self.norm(self.encoder(self.places[None])[0])
         return torch.einsum("lde,le->ld", self.heads_LDE, hidden_LE)
 
 
@@ -43,7 +43,7 @@ class LargeGenerator(nn.Module):
     def __init__(self, layers: int, logits: int):
         super().__init__()
         width, experts, inner = 128, 4, 256
-        self.places_LE = nn.Parameter(torch.randn(layers, width) + 0.1 * torch.randn(layers, width))
+        self.places = nn.Parameter(torch.randn(layers, width) + 0.1 * torch.randn(layers, width))
         self.encoder = _encoder(width, heads=1, inner=512, layers=4)
         self.norm = nn.LayerNorm(width)
         self.router = nn.Linear(width, experts)
@@ -53,7 +53,7 @@ class LargeGenerator(nn.Module):
 
     def forward(self) -> Tensor:
         """(L, D) logits."""
-        hidden_LE = self.norm(self.encoder(self.places_LE[None])[0])
+        hidden_LE = self.norm(self.encoder(self.places[None])[0])
         best_L2, which_L2 = self.router(hidden_LE).topk(2, dim=-1)
         weight_LX = torch.zeros(len(hidden_LE), len(self.experts)).scatter(1, which_L2, best_L2.softmax(-1))
         outputs_LXD = torch.stack([expert(hidden_LE) for expert in self.experts], dim=1)

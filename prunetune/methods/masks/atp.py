@@ -69,6 +69,7 @@ class AtpMask(Mask):
     needs = "gate gradients, adapters"
     cost = "a small network's step on the CPU; alternate: twice the steps"
     reads_adapters = True
+
     def __init__(self, context: MaskContext, options: AtpOptions):
         super().__init__(context, options)
         self.options = options

@@ -1,0 +1,105 @@
+"""DistillingTrainer: while gates close, the model also follows what it says itself with all gates open."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetune.config.schema import DistillConfig
+from prunetune.core.errors import Problem, UnsupportedModelError
+from prunetune.model.distillation import token_divergence
+from prunetune.model.surgery import base_model
+from prunetune.model.token_stats import evaluating, logit_softcap, output_head
+from prunetune.train.compat import raise_if_any
+from prunetune.train.freezing import FreezingTrainer
+
+
+class DistillingTrainer(FreezingTrainer):
+    """FreezingTrainer whose search distils from the same network with all gates open, as ``prune.distill`` says.
+
+    The loss of a target token becomes (1 - weight) * its negative log-likelihood + weight * KL(open || gated). Teacher
+    and student share weights and adapters, so there is no second model; the teacher gives no gradient. In warm-up both
+    are the same, and after the freeze the removed units are gone and with them the teacher: there the loss is the
+    plain one. It costs, in every step of the search, one more forward pass and three more products with the output
+    layer; in memory, the teacher's hidden states and a few blocks of logits.
+
+    Raises:
+        ConfigError: a loss or engine that it cannot be combined with.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._distill = self.prune.distill if self.prune is not None and self.prune.distill.weight > 0 else None
+        if self._distill is not None:
+            raise_if_any(list(self._distill_problems()))
+
+    def _distill_problems(self) -> Iterator[Problem]:
+        args = self.args
+        plain = args.loss_type in ("nll", "chunked_nll") and not args.label_smoothing_factor
+        if not plain or self.compute_loss_func is not None:
+            why = (
+                "is mixed with the plain loss of every token, and another one is set; use loss_type='nll' without "
+                "label smoothing and compute_loss_func, or distill.weight 0"
+            )
+            yield Problem(why, "distill.weight")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            why = "runs the decoder a second time, apart from what FSDP and DeepSpeed wrap; launch with DDP, or set 0"
+            yield Problem(why, "distill.weight")
+        try:
+            output_head(base_model(self.model))
+        except UnsupportedModelError as error:
+            yield Problem(f"needs the output layer's own weight: {error}", "distill.weight")
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in SFTTrainer; in the search, mixed with the divergence from the model with open gates."""
+        mixing: Any = contextlib.nullcontext()
+        searching = self._search is not None and self._search.phase(self.state.global_step) == "search"
+        if self._distill is not None and searching and self.model.training:
+            mixing = self._listening(model, self._distill)
+        with mixing:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _listening(self, model: Any, distill: DistillConfig) -> Iterator[None]:
+        """Takes the decoder's call and output of the next forward pass, and mixes the losses it ends with."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+        decoder = base_model(self.model).base_model
+
+        def take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch.is_grad_enabled():
+                calls.append((args, kwargs, output.last_hidden_state))
+
+        def mix(module: Any, inputs: Any, output: Any) -> Any:
+            return self._mixed(output, *calls.pop(), distill)
+
+        handles = [decoder.register_forward_hook(take, with_kwargs=True), model.register_forward_hook(mix)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _mixed(
+        self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BSD: Tensor, distill: DistillConfig
+    ) -> Any:
+        """The output with ``log_probs`` such that TRL's sum over them is the mixed loss."""
+        assert self._search is not None
+        causal, mask = base_model(self.model), output.label_mask
+        with torch.no_grad(), evaluating(self.model), self._search.gate_set.opened(), self.accelerator.autocast():
+            teacher_BSD = causal.base_model(*args, **kwargs).last_hidden_state
+        found_T = token_divergence(
+            output_head(causal),
+            hidden_BSD[:, :-1][mask],
+            teacher_BSD[:, :-1][mask],
+            temperature=distill.temperature,
+            softcap=logit_softcap(causal.config),
+        )
+        self._metrics["train"]["distill_kl"].append(float(found_T.detach().sum() / mask.sum().clamp(min=1)))
+        found = output.log_probs.new_zeros(mask.shape).masked_scatter(mask, found_T.to(output.log_probs.dtype))
+        mixed = (1 - distill.weight) * output.log_probs - distill.weight * found
+        return dataclasses.replace(output, log_probs=mixed)
