@@ -99,9 +99,13 @@ class Calibration:
 
     def _hidden(self, start: int, stream: LayerStream, batches: Sequence[Tensor]) -> tuple[int, list[Tensor]]:
         """(layer to go on with, its inputs): those that a stopped pass left, or the embeddings."""
-        if start and self._file("hidden", start).is_file():
-            tensors = load_file(self._file("hidden", start))
-            return start, [tensors[str(place)] for place in range(len(batches))]
+        left = self._file("hidden", start)
+        if start and left.is_file():
+            try:
+                tensors = load_file(left)
+                return start, [tensors[str(place)] for place in range(len(batches))]
+            except (SafetensorError, KeyError) as error:
+                raise _damaged(left, error) from error
         return 0, [h_BSD.cpu() for h_BSD in stream.embed(batches)]
 
     def statistics(self, layer: int) -> LayerStatistics:

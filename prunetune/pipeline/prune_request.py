@@ -52,7 +52,7 @@ class PruneRequest:
         """Everything that cannot work, before anything is read."""
         of = {section: dict(self.options.get(section, {})) for section in ("score", "allocation", "compensation")}
         found = [
-            *check_score(self.score, of["score"]),
+            *check_score(self.score, of["score"], self.target.units),
             *check_allocation(self.allocation, of["allocation"]),
             *check_compensation(self.compensation, of["compensation"], one_shot=True),
         ]

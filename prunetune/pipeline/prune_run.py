@@ -84,18 +84,16 @@ class _Pruning:
         self.arch = describe(self.prepared.config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compensation, self.allocation = request.built()
-        self.bias_fields = self._bias_fields()
         self.planner = self._planner()
         context = ScoreContext(self.arch, self.planner.sites, request.seed)
         self.score: Score = build_score(request.score, request.options.get("score", {}), context)
 
-    def _bias_fields(self) -> dict[str, Any]:
-        """Config fields that give a bias to the linears that lose inputs, if the compensation wants one."""
+    def _bias_fields(self, roles: set[str]) -> dict[str, Any]:
+        """Config fields that give a bias to these consumers, if the compensation wants one."""
         if not self.compensation.makes_bias:
             return {}
         found: dict[str, Any] = {}
-        kinds = set(self.request.target.units) - {"layers"}
-        for role in sorted({"down" if kind == "mlp_channels" else "o" for kind in kinds}):
+        for role in sorted(roles):
             fields = bias_fields(self.arch, role)
             if fields is None:
                 raise UnsupportedModelError(
@@ -109,12 +107,14 @@ class _Pruning:
     def _planner(self) -> Planner:
         """The planner of the target; biases that are added count."""
         request, family = self.request, self.arch.family
-        if not self.bias_fields:
+        kinds = set(request.target.units) - {"layers"}
+        bias_fields = self._bias_fields({"down" if kind == "mlp_channels" else "o" for kind in kinds})
+        if not bias_fields:
             return Planner(self.arch, request.target, request.dtype)
         arch = replace(
             self.arch,
-            attention_bias=self.arch.attention_bias or family.attention_bias in self.bias_fields,
-            mlp_bias=self.arch.mlp_bias or family.mlp_bias in self.bias_fields,
+            attention_bias=self.arch.attention_bias or family.attention_bias in bias_fields,
+            mlp_bias=self.arch.mlp_bias or family.mlp_bias in bias_fields,
         )
         return Planner(
             arch, request.target, request.dtype, Budget.from_target(self.arch, request.target, request.dtype)
@@ -132,11 +132,12 @@ class _Pruning:
         # The model is not needed any more, and the check wants room.
         self.__dict__.pop("model", None)
         self.__dict__.pop("judge", None)
+        surgery = Surgery(self.arch, plan)
         export = PrunedExport(
             self.prepared.folder,
-            Surgery(self.arch, plan),
+            surgery,
             self._compensate,
-            self.bias_fields,
+            self._bias_fields({self._place(path)[1] for path, cut in surgery.cuts.items() if cut.columns is not None}),
             self.request.dtype,
             self.request.shard_size,
             self.device,

@@ -7,7 +7,7 @@ asks for the whole model, because it needs gradients or outputs. Shapes: U units
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -161,18 +161,20 @@ def build_score(method: str, options: Mapping[str, Any], context: ScoreContext) 
     Raises:
         ConfigError: unknown names, options and values; kinds of units that the method cannot rank.
     """
+    if problems := check_score(method, options, {site.kind for site in context.sites}):
+        raise ConfigError(problems)
     kind = SCORES.get(method)
-    parsed = parse_options("score", method, kind.Options, options)
-    beyond = sorted({site.kind for site in context.sites} - set(kind.kinds))
+    return kind(context, parse_options("score", method, kind.Options, options))
+
+
+def check_score(method: str, options: Mapping[str, Any], kinds: Iterable[str] = ()) -> list[Problem]:
+    """The problems of a name, its options and the kinds of units that it is to rank, without building anything."""
+    found = problems_of(lambda: parse_options("score", method, SCORES.get(method).Options, options))
+    beyond = sorted(set(kinds) - set(SCORES.get(method).kinds)) if method in SCORES.names() else []
     if beyond:
-        message = f"{method} ranks {', '.join(kind.kinds)}, not {', '.join(beyond)}"
-        raise ConfigError([Problem(f"{message}; set the units to what it ranks, or take another score", "score")])
-    return kind(context, parsed)
-
-
-def check_score(method: str, options: Mapping[str, Any]) -> list[Problem]:
-    """The problems of a name and options, without building anything."""
-    return problems_of(lambda: parse_options("score", method, SCORES.get(method).Options, options))
+        message = f"{method} ranks {', '.join(SCORES.get(method).kinds)}, not {', '.join(beyond)}"
+        found.append(Problem(f"{message}; set the units to what it ranks, or take another score", "score"))
+    return found
 
 
 def consumer(arch: Architecture, kind: str) -> str:
