@@ -114,12 +114,12 @@ def load_comparison(path: Path, overrides: Sequence[str] = (), checks: Sequence[
     source = read_source(path, overrides)
     section = _section(source)
     cells: dict[str, Cell] = {}
+    folder = load_config(path, [*overrides, "target.kept=1.0"], checks, without=[SECTION]).folder
     for recipe in section.recipes:
         for kept, seed in itertools.product(section.kept, section.seeds):
-            for cell in _cells(recipe, kept, seed, path, overrides, checks):
+            for cell in _cells(recipe, kept, seed, folder, path, overrides, checks):
                 # The references have no budget, so they come once a seed.
                 cells.setdefault(cell.id, cell)
-    folder = next(iter(cells.values())).config.folder.parent.parent
     return Comparison(folder, tuple(cells.values()))
 
 
@@ -139,9 +139,8 @@ def _section(source: Source) -> CompareSection:
 
 
 def _cells(
-    recipe: Recipe, kept: float, seed: int, path: Path, overrides: Sequence[str], checks: Sequence[Check]
+    recipe: Recipe, kept: float, seed: int, folder: Path, path: Path, overrides: Sequence[str], checks: Sequence[Check]
 ) -> Iterator[Cell]:
-    root = load_config(path, [*overrides, f"target.kept={kept}"], checks, without=[SECTION]).folder
     for kind, method, allocation, compensation in _variants(recipe):
         words = [word for word in (kind, method, allocation, compensation) if word]
         label = _label(kind, method, allocation, compensation, recipe.set)
@@ -153,7 +152,7 @@ def _cells(
         own = [
             f"target.kept={1.0 if budget is None else budget}",
             f"seed={seed}",
-            f"folder={root / 'cells' / name}",
+            f"folder={folder / 'cells' / name}",
             *([f"mask={method}"] if kind == JOINT else []),
             *([f"compensation={compensation}"] if compensation else []),
             *(f"{key}={json.dumps(value)}" for key, value in recipe.set.items()),

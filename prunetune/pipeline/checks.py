@@ -7,6 +7,7 @@ are checked by the method itself, which imports it, and only when some are set.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,16 +48,13 @@ def _check_selection(config: RunConfig) -> list[Problem]:
     return check_online(select)
 
 
-def registered_names(package: str) -> list[str]:
+@functools.cache
+def registered_names(package: str) -> tuple[str, ...]:
     """Names that the modules of a plug-in package register, without importing them."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations or () if spec else ()
-    return sorted(
-        name
-        for folder in folders
-        for file in sorted(Path(folder).glob("*.py"))
-        for name in _names_in(ast.parse(file.read_text(encoding="utf-8")))
-    )
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
+    return tuple(sorted(name for file in files for name in _names_in(ast.parse(file.read_text(encoding="utf-8")))))
 
 
 def _names_in(tree: ast.Module) -> list[str]:
