@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from prunetune import __version__
 from prunetune.cli.commands import chat, compare, data, doctor, evaluate, export, listing, merge, plan, prune, train
 from prunetune.core.console import is_main_process
-from prunetune.core.errors import ConfigError, PrunetuneError, TerminatedError
+from prunetune.core.errors import ConfigError, ProcessLostError, PrunetuneError, TerminatedError
 from prunetune.core.files import disk_is_full
 from prunetune.core.termination import REQUEUE_EXIT_CODE
 
@@ -29,7 +29,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PrunetuneError as error:
-            _complain(str(error))
+            _complain(str(error), everywhere=isinstance(error, ProcessLostError))
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
         except TerminatedError as stop:
             _complain(str(stop))
@@ -87,9 +87,9 @@ def root(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _complain(text: str) -> None:
-    # Every process of a launch meets the same fault; one of them says so.
-    if is_main_process():
+def _complain(text: str, *, everywhere: bool = False) -> None:
+    # Every process of a launch meets the same fault; one of them says so, if it is not the one that is gone.
+    if everywhere or is_main_process():
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(text)}")
 
 

@@ -35,6 +35,10 @@ class DivergedError(PrunetuneError):
     """The loss became NaN or infinite."""
 
 
+class ProcessLostError(PrunetuneError):
+    """Another process of the same run ended before its time."""
+
+
 class FolderInUseError(PrunetuneError):
     """Another process works in the same folder."""
 

@@ -16,14 +16,14 @@ from torch import nn
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether some of the model's weights are spread over processes."""
-    return any(map(_is_spread, model.parameters()))
+    return any(map(is_spread, model.parameters()))
 
 
 @contextlib.contextmanager
 def opened(module: nn.Module) -> Iterator[None]:
     """Makes a module's weights whole while it lasts; what was changed or put in their place is spread again."""
     closed: list[Any] = [
-        parameter for parameter in module.parameters() if _is_spread(parameter) and not _is_open(parameter)
+        parameter for parameter in module.parameters() if is_spread(parameter) and not _is_open(parameter)
     ]
     for parameter in closed:
         parameter.all_gather()
@@ -32,7 +32,7 @@ def opened(module: nn.Module) -> Iterator[None]:
     finally:
         close(closed)
         new = [
-            parameter for parameter in module.parameters() if not _is_spread(parameter) and not parameter.requires_grad
+            parameter for parameter in module.parameters() if not is_spread(parameter) and not parameter.requires_grad
         ]
         if closed and new:
             closed[0].convert_to_zero_parameters(param_list=new)
@@ -59,7 +59,7 @@ def computing(model: Any) -> Iterator[None]:
 
     with torch.no_grad(), opened(model.get_output_embeddings()):
         for module in model.modules():
-            if any(_is_spread(parameter) for parameter in module.parameters(recurse=False)):
+            if any(is_spread(parameter) for parameter in module.parameters(recurse=False)):
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
         try:
@@ -72,11 +72,12 @@ def computing(model: Any) -> Iterator[None]:
 def close(parameters: list[Any]) -> None:
     """Spreads parameters again, as they are now."""
     for parameter in parameters:
-        if _is_spread(parameter) and _is_open(parameter):
+        if is_spread(parameter) and _is_open(parameter):
             parameter.partition(has_been_updated=True)
 
 
-def _is_spread(parameter: Any) -> bool:
+def is_spread(parameter: Any) -> bool:
+    """Whether a parameter's content is spread over processes, though it may be whole now."""
     return hasattr(parameter, "ds_id")
 
 

@@ -28,6 +28,7 @@ from prunetune.model.architecture import describe
 from prunetune.model.budget import describe_kept
 from prunetune.model.planner import Planner
 from prunetune.model.resolve import resolve_model
+from prunetune.model.whole import loading_whole
 from prunetune.pipeline.delta_stage import keep_part
 from prunetune.pipeline.folder import open_folder
 from prunetune.pipeline.loading import TRAIN, load_for_training, load_tokenizer
@@ -148,9 +149,11 @@ def train(
         for derived in derive(config, steps):
             note(f"{derived.name}: [bold]{derived.value}[/bold] ({derived.reason})")
     watched = data.validation.select(range(min(WATCHED_ROWS, len(data.validation))))
+    # Made before the model is loaded: they tell transformers that ZeRO-3 wants only a part of each weight here.
+    settings = sft_config(config, output_dir, steps)
     trainer = PruneTuneTrainer(
         model=load_for_training(prepared, config.model.dtype, quantization(config)),
-        args=sft_config(config, output_dir, steps),
+        args=settings,
         train_dataset=data.train,
         eval_dataset=watched,
         processing_class=tokenizer,
@@ -209,7 +212,8 @@ def _dense(
 def _evaluate(config: RunConfig, folders: dict[str, Path], data: DataBundle) -> list[EvalResult]:
     rows = data.validation.select(range(min(config.evaluate.rows, len(data.validation))))
     settings = eval_settings(config)
-    results = compare(folders, rows, data.general_text, speed=config.evaluate.speed, settings=settings)
+    with loading_whole():
+        results = compare(folders, rows, data.general_text, speed=config.evaluate.speed, settings=settings)
     save_evaluation(config.folder / "evaluation.json", results, settings)
     return results
 

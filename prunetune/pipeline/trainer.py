@@ -11,8 +11,10 @@ from prunetune.core.records import ExportedModel
 from prunetune.export.changed import with_deltas
 from prunetune.export.write import export_model
 from prunetune.model.deltas import Delta
+from prunetune.model.sharded import is_sharded
 from prunetune.model.surgery import Surgery
 from prunetune.model.token_rows import TokenRow
+from prunetune.model.whole import loading_whole, whole_copy
 from prunetune.pipeline.delta_stage import SEARCH_ROWS, DeltaStage
 from prunetune.train.delta_training import DeltaTrainer
 
@@ -64,12 +66,14 @@ class PruneTuneTrainer(DeltaTrainer):
             ExportError: it could not be written, or did not verify; nothing was left behind.
         """
         exported = None
+        model = self.accelerator.unwrap_model(self.model)
+        if is_sharded(model):
+            model = whole_copy(model, wanted=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model)
             metadata = {"plan": self.plan.digest()} if self.plan else {}
             dtype = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
             kwargs |= {"metadata": metadata, "source": self.source_weights() if base == "source" else None}
-            with with_deltas(model, self._pruned() if deltas is None else deltas):
+            with loading_whole(), with_deltas(model, self._pruned() if deltas is None else deltas):
                 exported = export_model(
                     model, self.processing_class, Path(folder), dtype=dtype, plan=self.plan, **kwargs
                 )

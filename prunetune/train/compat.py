@@ -17,6 +17,7 @@ from prunetune.core.errors import ConfigError, Problem
 from prunetune.model.quantized import quantized_linears
 from prunetune.model.surgery import base_model, foreign_quantization
 from prunetune.model.token_stats import logit_softcap
+from prunetune.train.launched import engine_problems, launch_problems
 
 # Optimizers whose state has the shape of the parameters, so that it can be sliced with them.
 SLICEABLE_OPTIMIZERS = frozenset({"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"})
@@ -71,20 +72,13 @@ def refusals(trainer: Any, optimizer: Any) -> list[Problem]:
         "the freeze slices the checkpoint of its own step, which need not be a best one; set steps, epoch or no",
     )
     refuse(args.torch_compile, "torch_compile", "compiled code keeps the dense shapes; set it to False")
-    refuse(
-        trainer.is_fsdp_enabled,
-        "distributed_type",
-        "FSDP and DeepSpeed shard weights or optimizer states, which the freeze cannot slice yet; launch with DDP "
-        "(configs/accelerate/ddp.yaml)",
-    )
-    refuse(
-        quantized_linears(model) and (trainer.is_fsdp_enabled or zero_stage(trainer) == 3),
-        "distributed_type",
-        "the codes and scales of a base that bitsandbytes quantised cannot be spread over processes; launch with DDP "
-        "or ZeRO-2, where every process holds the (small) base whole",
-    )
     foreign = foreign_quantization(model)
     refuse(foreign, "model", f"{foreign}, whose packed weights cannot be cut; load it in bfloat16, or in nf4 or int8")
+    found += launch_problems(trainer)
+    if args.fp16:
+        found += engine_problems(trainer, "float16 with a loss scale", "fp16")
+    if quantized_linears(model):
+        found += engine_problems(trainer, "quantised bases", "model")
     return found
 
 
@@ -130,11 +124,7 @@ def selection_refusals(trainer: Any, columns: frozenset[str], *, per_epoch: bool
             found.append(Problem(why, field))
 
     refuse(args.packing, "packing", "packed rows cannot be told apart any more; set it to False to choose among rows")
-    refuse(
-        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
-        "distributed_type",
-        "FSDP and DeepSpeed shard the weights that rows are scored with; launch with DDP (configs/accelerate/ddp.yaml)",
-    )
+    found += engine_problems(trainer, "choosing rows and tokens while training", "distributed_type")
     refuse(
         not args.average_tokens_across_devices,
         "average_tokens_across_devices",

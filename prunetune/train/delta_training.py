@@ -24,6 +24,7 @@ from prunetune.core.streams import lattice
 from prunetune.model.deltas import BLOCK_BYTES, threshold
 from prunetune.model.surgery import base_model
 from prunetune.train.compat import raise_if_any
+from prunetune.train.launched import engine_problems
 from prunetune.train.trainer import JointTrainer
 
 _ADAM = ("adamw_torch", "adamw_torch_fused")
@@ -185,14 +186,14 @@ class DeltaTrainer(JointTrainer):
             self.add_callback(_Drop(self, delta))
 
     def _delta_problems(self, delta: DeltaConfig) -> Iterator[Problem]:
+        if not delta.keeps_all:
+            yield from engine_problems(self, "dropping a part of what was learnt", "delta")
         if delta.regularize == "none":
             return
         if self.args.optim not in _ADAM:
             why = f"its strength follows Adam's second moments, and optim is {self.args.optim!s}; set optim=adamw_torch"
             yield Problem(why, "delta.regularize")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            why = "FSDP and DeepSpeed hold a part of each factor, and the pull needs whole ones; launch with DDP"
-            yield Problem(why, "delta.regularize")
+        yield from engine_problems(self, "penalty on what is learnt", "delta.regularize")
 
 
 class _Pull(TrainerCallback):

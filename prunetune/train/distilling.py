@@ -17,6 +17,7 @@ from prunetune.model.surgery import base_model
 from prunetune.model.token_stats import evaluating, logit_softcap, output_head
 from prunetune.train.compat import raise_if_any
 from prunetune.train.freezing import FreezingTrainer
+from prunetune.train.launched import engine_problems
 
 
 class DistillingTrainer(FreezingTrainer):
@@ -47,9 +48,7 @@ class DistillingTrainer(FreezingTrainer):
                 "label smoothing and compute_loss_func, or distill.weight 0"
             )
             yield Problem(why, "distill.weight")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            why = "runs the decoder a second time, apart from what FSDP and DeepSpeed wrap; launch with DDP, or set 0"
-            yield Problem(why, "distill.weight")
+        yield from engine_problems(self, "distillation in the search", "distill.weight")
         try:
             output_head(base_model(self.model))
         except UnsupportedModelError as error:

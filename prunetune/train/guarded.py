@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunetune.core.errors import DataError, DiskFullError, DivergedError
 from prunetune.core.files import disk_is_full
+from prunetune.train import compat
 from prunetune.train.callbacks import Interruption
 from prunetune.train.checkpoint import MARKER, newest, rotate, write_marker
 from prunetune.train.freeze import FREEZE
@@ -78,9 +79,11 @@ class GuardedTrainer(PortableTrainer):
             return
         last = newest(Path(self.args.output_dir), self.freeze_dir)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        # DeepSpeed takes its step within the backward pass.
+        updated = "nothing" if compat.zero_stage(self) is None else "only the model in memory"
         raise DivergedError(
-            f"the {what or 'loss'} became NaN or infinite in step {step + 1}; nothing was updated with it, and {kept}. "
-            "Set a lower learning rate, a longer warm-up, or max_grad_norm, and check the rows of this step."
+            f"the {what or 'loss'} became NaN or infinite in step {step + 1}; {updated} was updated with it, and "
+            f"{kept}. Set a lower learning rate, a longer warm-up, or max_grad_norm, and check the rows of this step."
         )
 
     def _any_process(self, flag: bool) -> bool:

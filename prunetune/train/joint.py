@@ -19,6 +19,7 @@ from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
 from prunetune.model.surgery import base_model
 from prunetune.model.units import sites
+from prunetune.train.launched import engine_problems
 
 
 class JointSearch:
@@ -87,14 +88,7 @@ def mask_refusals(trainer: Any, prune: PruneConfig) -> list[Problem]:
     found = check_mask(method, prune.mask.options())
     if found or not MASKS.get(method).reads_adapters:
         return found
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        found.append(
-            Problem(
-                f"{method} reads the adapters' gradients, which FSDP and DeepSpeed spread over processes; launch with "
-                "DDP (configs/accelerate/ddp.yaml), or set mask: saliency",
-                "mask.method",
-            )
-        )
+    found += engine_problems(trainer, "masks that read adapters' gradients", "mask.method")
     view = AdapterView(trainer.model, trainer.dense, sites(trainer.dense, prune.target.units))
     bare = sorted({owner.site for linear in view.linears for owner in linear.owners} - _heard(view))
     if bare:

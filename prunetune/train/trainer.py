@@ -29,6 +29,7 @@ from prunetune.train.checkpoint import (
 )
 from prunetune.train.distilling import DistillingTrainer
 from prunetune.train.joint import JointSearch, reducer
+from prunetune.train.launched import all_alive
 from prunetune.train.legs import joined
 
 
@@ -87,6 +88,7 @@ class JointTrainer(DistillingTrainer):
         Raises:
             KeyboardInterrupt: after Ctrl-C, once everything is saved; after SIGTERM it is a TerminatedError.
             FolderInUseError: another process trains into the same folder.
+            ProcessLostError: another process of the run is gone.
             DivergedError: the loss or its gradient was not finite; the last checkpoint is from before.
         """
         output_dir = Path(self.args.output_dir)
@@ -95,7 +97,8 @@ class JointTrainer(DistillingTrainer):
             note(f"going on from step {global_step(checkpoint)} ({checkpoint})")
         self._legs, self._stopped_early, result = [], False, None
         try:
-            with self._interruption, only_one(output_dir, when=self.accelerator.is_main_process):
+            main = self.accelerator.is_main_process
+            with self._interruption, only_one(output_dir, when=main), all_alive(self):
                 if self.prune is not None and checkpoint is not None:
                     self._adopt(checkpoint)
                 if self.prune is not None and self.plan is None:

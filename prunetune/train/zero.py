@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from prunetune.model.sharded import close
 from prunetune.train.engine import Engine
 
+# What stage 3 leaves on modules; the next engine would go on using it, and with it the former one.
+_OLD_ENGINES = ("pre_bwd_fn", "post_bwd_fn")
+
 
 class Zero(Engine):
     """DeepSpeed with ZeRO stage 1 or 2."""
@@ -109,6 +112,9 @@ class ZeroThree(Zero):
 
     def release(self) -> None:
         super().release()
+        for module in self.trainer.model.modules():
+            for function in _OLD_ENGINES:
+                vars(module).pop(function, None)
         base: list[Any] = [p for p in self.trainer.model.parameters() if hasattr(p, "ds_persist")]
         for parameter in base:
             parameter.ds_persist = False  # the engine kept small weights whole

@@ -13,7 +13,6 @@ from prunetune.pipeline.checks import check_methods
 
 ROOT = Path(__file__).parents[2]
 RUNS = [ROOT / "configs" / "quickstart.yaml", *sorted((ROOT / "configs" / "presets").glob("*.yaml"))]
-LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 def name_of(path: Path) -> str:
@@ -45,19 +44,3 @@ def test_a_missing_data_file_of_a_preset_is_named() -> None:
 
     with pytest.raises(ConfigError, match=r"medicine\.yaml:\d+: data\.train: .* does not exist"):
         load_config(ROOT / "configs" / "presets" / "medicine.yaml")
-
-
-@pytest.mark.parametrize("path", LAUNCHES, ids=name_of)
-def test_launch_files_are_what_accelerate_reads(path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    settings = load_config_from_file(str(path))
-    assert str(settings.distributed_type).endswith("MULTI_GPU")
-    assert settings.num_processes >= 2
-    head = path.read_text().split("compute_environment")[0]
-    assert f"--config_file configs/accelerate/{path.name}" in head
-    assert "# Needs:" in head
-
-
-def test_only_engines_that_joint_runs_support_are_shipped() -> None:
-    assert {path.stem for path in LAUNCHES} == {"ddp"}

@@ -25,6 +25,7 @@ class Subject(str, Enum):  # noqa: UP042 - typer shows the values of a (str, Enu
     samples = "samples"
     tokens = "tokens"
     deltas = "deltas"
+    engines = "engines"
 
 
 _UNITS = {
@@ -85,6 +86,23 @@ def _deltas() -> list[Table]:
     from prunetune.methods.deltas import DELTAS
 
     return _methods(DELTAS, "delta", "identity")
+
+
+def _engines() -> list[Table]:
+    from prunetune.config.engines import ENGINES, FEATURES, refusal
+
+    table = _table("Engines: --launch", "name", "every process holds", "needs", "on a CPU")
+    for name, held in ENGINES.items():
+        table.add_row(name, held.summary, held.package or "", "yes" if held.on_cpu else "")
+    combined = _table("What works under which", "feature", "set by", *ENGINES)
+    refused = _table("What is refused, and why", "feature", "engine", "reason")
+    for feature, facts in FEATURES.items():
+        reasons = {engine: refusal(engine, feature) for engine in ENGINES}
+        combined.add_row(feature, facts.setting, *("" if reason else "yes" for reason in reasons.values()))
+        for engine, reason in reasons.items():
+            if reason:
+                refused.add_row(feature, engine, reason)
+    return [table, combined, refused]
 
 
 def _families() -> list[Table]:
@@ -161,4 +179,5 @@ _TABLES = {
     Subject.samples: _samples,
     Subject.tokens: _tokens,
     Subject.deltas: _deltas,
+    Subject.engines: _engines,
 }

@@ -1,0 +1,85 @@
+"""Starting the processes of a run: accelerate's launcher with a file made from the table of engines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+
+from prunetune.config.engines import ENGINES, launch_settings
+from prunetune.core.errors import ConfigError, Problem, suggest
+
+LAUNCHED = tuple(name for name, engine in ENGINES.items() if engine.distributed_type)
+
+
+def launch(engine: str, processes: int | None, arguments: Sequence[str]) -> int:
+    """Runs ``prunetune ARGUMENTS`` in several processes and waits for them.
+
+    Args:
+        engine: a name of ENGINES.
+        processes: how many; None: one per GPU, or two on a CPU.
+        arguments: of the command line, without ``--launch`` and ``--processes``.
+
+    Returns:
+        The launcher's exit code: 0 only if all processes came to their end.
+
+    Raises:
+        ConfigError: the engine cannot be had here.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    _require(engine, gpus, processes)
+    with tempfile.TemporaryDirectory(prefix="prunetune-launch-") as folder:
+        file = Path(folder) / f"{engine}.yaml"
+        file.write_text(yaml.safe_dump(launch_settings(engine, processes or gpus or 2, cpu=gpus == 0)))
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+        # Port 0: any that is free, so that two runs on one machine do not meet.
+        command = [*launcher, "--main_process_port", "0", "--module", "prunetune", *arguments]
+        environment = dict(os.environ)
+        if gpus == 0:
+            environment["DS_ACCELERATOR"] = "cpu"
+        return _wait(subprocess.Popen(command, env=environment))
+
+
+def _require(engine: str, gpus: int, processes: int | None) -> None:
+    if engine not in LAUNCHED:
+        raise ConfigError(
+            [Problem(f"there is no engine {engine!r} to launch; {suggest(engine, LAUNCHED)}", "--launch")]
+        )
+    facts, found = ENGINES[engine], []
+    if "WORLD_SIZE" in os.environ:
+        found.append(Problem("this process was launched already; leave --launch out", "--launch"))
+    if facts.package and find_spec(facts.package) is None:
+        found.append(Problem(f"{engine} needs {facts.package}: pip install 'prunetune[{facts.package}]'", "--launch"))
+    if gpus == 0 and not facts.on_cpu:
+        others = ", ".join(name for name in LAUNCHED if ENGINES[name].on_cpu)
+        why = f"accelerate runs {engine} on GPUs only, and there is none; launch one of {others}"
+        found.append(Problem(why, "--launch"))
+    if gpus and processes and processes > gpus:
+        found.append(Problem(f"{processes} processes need as many GPUs; there are {gpus}", "--processes"))
+    if found:
+        raise ConfigError(found)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """The child's exit code; Ctrl-C and SIGTERM are its business, which saves and stops."""
+
+    def forward(number: int, frame: object) -> None:
+        # Ctrl-C on a terminal reaches the child by itself.
+        if number != signal.SIGINT or not sys.stdin.isatty():
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
