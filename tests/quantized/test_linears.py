@@ -29,7 +29,7 @@ from prunetune.model.quantized import (
     size_bytes,
     weight_of,
 )
-from tests.quantized.quantized_runs import KINDS, load, quantized_folder
+from tests.quantized.quantized_runs import KINDS, load, quantized_folder, settings
 from tests.support import count, logits
 
 
@@ -69,6 +69,20 @@ def quantized_scales(state: Any) -> torch.Tensor:
     """The scale of every block, from its own codes: double quantisation keeps them in 8 bit around their mean."""
     inner = state.state2
     return inner.code[state.absmax.long()] * inner.absmax.repeat_interleave(256)[: len(state.absmax)] + state.offset
+
+
+def test_codes_may_be_kept_as_floats(folder: Path) -> None:
+    """bnb_4bit_quant_storage, which engines that spread parameters ask for: the bytes are the same."""
+    kind = settings("nf4")
+    kind.bnb_4bit_quant_storage = torch.bfloat16
+    stored = AutoModelForCausalLM.from_pretrained(folder, quantization_config=kind, dtype=torch.float32)
+    plain = load(folder, "nf4")
+    assert down(stored).weight.dtype == torch.bfloat16
+    assert torch.equal(weight_of(down(stored)), weight_of(down(plain)))
+    other = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
+    again = quantize_like(down(stored), other)
+    assert again.weight.dtype == torch.bfloat16
+    assert torch.equal(weight_of(again), weight_of(quantize_like(down(plain), other)))
 
 
 @pytest.mark.parametrize(("kind", "error"), [("nf4", 0.093), ("fp4", 0.123), ("int8", 0.0067)])
