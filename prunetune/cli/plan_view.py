@@ -51,6 +51,8 @@ def _head(plan: RunPlan) -> Text:
     text.append(f" and {format_fraction(kept['total'])} of total parameters stay\n")
     text.append(f"mask {config.mask.method}, compensation {config.compensation.method}, ")
     text.append(f"units {', '.join(config.target.units)}, MLP widths in steps of {config.target.align}")
+    if config.model.quantize:
+        text.append(f"\nbase in {config.model.quantize} while training, export in {config.export.dtype}")
     for name, part in (("rows", config.data.samples), ("target tokens", config.data.tokens)):
         if part.method is not None:
             share = f", {format_fraction(part.kept)} stay" if part.kept < 1 else ""

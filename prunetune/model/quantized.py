@@ -163,7 +163,7 @@ def keep_format(model: nn.Module) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights when a CPU with bfloat16 arithmetic evaluates the model.
 
     Repacking rounds the scales to bfloat16, for good, and no gradient passes a repacked linear: training after an
-    evaluation would be wrong without a word.
+    evaluation would go on with wrong gradients.
     """
     for layer in quantized_linears(model).values():
         if kind_of(layer) != "int8":
