@@ -22,7 +22,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = 4096
 
 
-class _Skipped(nn.Module):
+class SkippedLayer(nn.Module):
     """A layer that is not in memory: hands on what it gets."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -94,7 +94,7 @@ class LayerStream:
 
     def _install(self, index: int | None) -> None:
         """Skips all layers but one, and the last norm too unless all are skipped."""
-        slots = [_Skipped() for _ in self._layers]
+        slots = [SkippedLayer() for _ in self._layers]
         if index is not None:
             slots[index] = self._layers[index]
         self._parent.layers = nn.ModuleList(slots)

@@ -5,8 +5,9 @@ Legend: B batch, S sequence, T tokens, D hidden, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunetune.model.gates import GateSet
+from prunetune.model.layer_stream import SkippedLayer
 from prunetune.model.token_stats import evaluating, hidden_states, logit_softcap, output_head
 from prunetune.model.units import Site
 
 _BLOCK_BYTES = 48 * 2**20
+_KEPT_BYTES = 2 * 2**30
 
 
 class OutputJudge:
@@ -34,8 +37,14 @@ class OutputJudge:
         self.model, self._sites = model, tuple(sites)
         device = next(model.parameters()).device
         self._batches = [ids.to(device) for ids in batches]
+        self._path = layers
         self._layers = list(model.get_submodule(layers))
-        self._dense = self._hidden({}, self._batches)
+        # Layers before the first that loses anything need not be run again, where their outputs fit in memory.
+        self._inputs: list[list[Tensor]] | None = None
+        hidden_bytes = sum(ids.numel() for ids in self._batches) * model.config.hidden_size * 4
+        self._dense, inputs = self._dense_pass()
+        if hidden_bytes * len(self._layers) <= _KEPT_BYTES:
+            self._inputs = inputs
         self._head, self._softcap = output_head(model), logit_softcap(model.config)
 
     def divergence(self, kept: Mapping[str, Sequence[int]], share: float = 1.0, *, symmetric: bool = False) -> float:
@@ -43,11 +52,13 @@ class OutputJudge:
 
         Args:
             kept: site -> indices that stay; an absent site keeps all.
-            share: of the batches that are used, the first ones.
+            share: of the batches that are used, spread evenly over their lengths.
         """
-        used = max(1, math.ceil(share * len(self._batches)))
+        step = max(1, round(1 / share))
+        used = list(range(len(self._batches)))[step // 2 :: step] or [len(self._batches) // 2]
         total, tokens = 0.0, 0
-        for dense_BSD, cut_BSD in zip(self._dense, self._hidden(kept, self._batches[:used])):
+        for cut_BSD, place in zip(self._hidden(kept, used), used):
+            dense_BSD = self._dense[place]
             dense_TD, cut_TD = dense_BSD.flatten(0, 1), cut_BSD.flatten(0, 1)
             rows = max(1, _BLOCK_BYTES // (4 * self._head.weight.shape[0]))
             for dense_tD, cut_tD in zip(dense_TD.split(rows), cut_TD.split(rows)):
@@ -85,7 +96,9 @@ class OutputJudge:
             layer.register_forward_hook(watch(index), with_kwargs=True) for index, layer in enumerate(self._layers)
         ]
         try:
-            self._hidden(kept, self._batches)
+            with self._gated(kept):
+                for ids_BS in self._batches:
+                    hidden_states(self.model, ids_BS)
         finally:
             for handle in handles:
                 handle.remove()
@@ -93,8 +106,55 @@ class OutputJudge:
         return change
 
     @torch.no_grad()
-    def _hidden(self, kept: Mapping[str, Sequence[int]], batches: Sequence[Tensor]) -> list[Tensor]:
-        """Final hidden states (B, S, D) of each batch."""
+    def _dense_pass(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """(final hidden states of each batch, every layer's inputs of each batch), nothing removed."""
+        inputs: list[list[Tensor]] = [[] for _ in self._layers]
+
+        def keep(index: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                inputs[index].append(args[0] if args else kwargs["hidden_states"])
+
+            return hook
+
+        handles = [
+            layer.register_forward_pre_hook(keep(index), with_kwargs=True) for index, layer in enumerate(self._layers)
+        ]
+        try:
+            with evaluating(self.model):
+                return [hidden_states(self.model, ids_BS)[1] for ids_BS in self._batches], inputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hidden(self, kept: Mapping[str, Sequence[int]], places: Sequence[int]) -> Iterator[Tensor]:
+        """Final hidden states (B, S, D) of some batches, one at a time."""
+        first = self._first(kept)
+        decoder, parent = self.model.base_model, self.model.get_submodule(self._path.rpartition(".")[0])
+        with self._gated(kept):
+            for place in places:
+                if self._inputs is None or first == 0:
+                    yield hidden_states(self.model, self._batches[place])[1]
+                elif first == len(self._layers):
+                    yield self._dense[place]
+                else:
+                    whole = parent.layers
+                    parent.layers = nn.ModuleList([SkippedLayer() for _ in range(first)] + self._layers[first:])
+                    try:
+                        yield decoder(inputs_embeds=self._inputs[first][place], use_cache=False).last_hidden_state
+                    finally:
+                        parent.layers = whole
+
+    def _first(self, kept: Mapping[str, Sequence[int]]) -> int:
+        """The first layer that loses anything; the number of layers if none does."""
+        found = [len(self._layers)]
+        for site in self._sites:
+            gone = set(range(site.size)) - set(kept.get(site.name, range(site.size)))
+            found += ([min(gone)] if site.layer < 0 else [site.layer]) if gone else []
+        return min(found)
+
+    @contextlib.contextmanager
+    def _gated(self, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+        """The model with gates closed where units are removed; no gradients."""
         closed = [site for site in self._sites if site.name in kept]
         gates = GateSet(self.model, closed)
         gates.attach()
@@ -103,8 +163,8 @@ class OutputJudge:
             for site in closed:
                 values[site.name][list(kept[site.name])] = 1.0
             gates.set(values)
-            with evaluating(self.model):
-                return [hidden_states(self.model, ids_BS)[1] for ids_BS in batches]
+            with evaluating(self.model), torch.no_grad():
+                yield
         finally:
             gates.detach()
 

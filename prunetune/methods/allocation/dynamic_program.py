@@ -25,6 +25,7 @@ class DynamicProgramOptions(MethodOptions):
         "output", description="measure what narrowing one site does to the output, or add up the scores that leave"
     )
     grid: int = Field(6, ge=2, description="widths per site that are measured")
+    share: float = Field(0.25, gt=0, le=1, description="of the rows kept for judging that a width is measured on")
 
 
 @ALLOCATIONS.register("dynamic_program")
@@ -38,7 +39,7 @@ class DynamicProgram(Allocation):
     Options = DynamicProgramOptions
     paper = "arXiv 2308.10438"
     needs = "scores, the model's output (distortion: output)"
-    cost = "loads the whole model; sites * (grid - 1) forward passes of the rows kept for judging (output)"
+    cost = "loads the whole model; sites * (grid - 1) forward passes of a share of the rows kept for judging"
 
     def __init__(self, options: DynamicProgramOptions):
         super().__init__(options)
@@ -64,11 +65,14 @@ class DynamicProgram(Allocation):
         spots = np.linspace(0, len(place.choices) - 1, self.options.grid).round().astype(int)
         return tuple(place.choices[spot] for spot in spots)
 
-    @staticmethod
-    def _measured(problem: AllocationProblem, place: Place, grid: Sequence[int]) -> Vector:
+    def _measured(self, problem: AllocationProblem, place: Place, grid: Sequence[int]) -> Vector:
         assert problem.judge is not None
+        share = self.options.share
         return np.array(
-            [0.0 if n == place.size else problem.judge.divergence({place.name: problem.best(place, n)}) for n in grid]
+            [
+                0.0 if n == place.size else problem.judge.divergence({place.name: problem.best(place, n)}, share)
+                for n in grid
+            ]
         )
 
 
