@@ -68,12 +68,8 @@ class DynamicProgram(Allocation):
     def _measured(self, problem: AllocationProblem, place: Place, grid: Sequence[int]) -> Vector:
         assert problem.judge is not None
         share = self.options.share
-        return np.array(
-            [
-                0.0 if n == place.size else problem.judge.divergence({place.name: problem.best(place, n)}, share)
-                for n in grid
-            ]
-        )
+        narrow = (problem.judge.divergence({place.name: problem.best(place, n)}, share) for n in grid[:-1])
+        return np.array([*narrow, 0.0])  # the last one is the full width
 
 
 def cheapest(prices: Sequence[Sequence[int]], losses: Sequence[Vector], budget: int) -> list[int]:
