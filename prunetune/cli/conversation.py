@@ -12,7 +12,7 @@ from rich.prompt import Prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 from prunetune.core.console import console
-from prunetune.model.resolve import resolve_model
+from prunetune.model.resolve import STOCK, resolve_model
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -20,8 +20,8 @@ def load(name: str) -> tuple[Any, Any]:
     folder = resolve_model(name).folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with console().status(f"loading {name}"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **STOCK)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return model.to(device).eval(), tokenizer
 
 

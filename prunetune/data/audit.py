@@ -49,7 +49,7 @@ class WrittenSelection:
         from transformers import AutoTokenizer
 
         try:
-            slow = AutoTokenizer.from_pretrained(name)
+            slow = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"the tokenizer {name} that the rows were scored with cannot be read, so their text cannot be shown"

@@ -106,6 +106,8 @@ def read_jsonl(path: Path) -> tuple[Rows, dict[int, str]]:
                 fault = None if isinstance(value, dict) else f"is {type(value).__name__}, not an object {{...}}"
             except json.JSONDecodeError as error:
                 fault = f"is not JSON: {error.msg} at column {error.colno}"
+            except (RecursionError, ValueError) as error:
+                fault = f"is not JSON that can be read: {error}"
             if fault:
                 faults[number] = fault
             else:
@@ -132,6 +134,8 @@ def _read_json(path: Path) -> Rows:
         raise DataError(
             f"{path.name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Fix it there"
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path.name} is not JSON that can be read: {error}. Write it again") from error
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         value = lists[0] if len(lists) == 1 and len(value) == 1 else [value]
@@ -184,12 +188,13 @@ def _read_parquet(path: Path) -> Rows:
 
 def _from_folder(path: Path, field: str) -> dict[str, Rows]:
     import datasets
+    import pyarrow as pa
 
     if (path / SELECTED).is_dir():
         path = path / SELECTED
     try:
         loaded = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise DataError(
             f"{field} is {path}, and this folder was not saved by datasets' save_to_disk. Name a file in it instead"
         ) from error

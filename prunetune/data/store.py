@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from prunetune.core.errors import DataError
 from prunetune.core.files import new_file, new_folder, read_json, write_json
 from prunetune.model.score_table import ROW_COLUMNS, TOKEN_COLUMNS, ScoreTable
+from prunetune.model.token_rows import IGNORED_LABEL
 
 HEADER = "header.json"
 SHARDS = "shards"
@@ -100,15 +101,21 @@ def read_scores(folder: Path) -> StoredScores:
         DataError: it is not one, it is unfinished, or a shard is damaged.
     """
     header = read_header(folder)
+    try:
+        return _read(Path(folder), header)
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"a shard of {folder} cannot be read ({error}); score into a new folder") from error
+
+
+def _read(folder: Path, header: dict[str, Any]) -> StoredScores:
     if not header.get("complete"):
         raise DataError(
             f"the scoring pass into {folder} was not finished. Run the same `prunetune data score` command again: it "
             "goes on with what is missing"
         )
-    try:
-        whole = pa.concat_tables([pq.read_table(path) for path in sorted((folder / SHARDS).glob("part-*.parquet"))])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"a shard of {folder} cannot be read ({error}); score into a new folder") from error
+    whole = pa.concat_tables([pq.read_table(path) for path in sorted((folder / SHARDS).glob("part-*.parquet"))])
+    if len(whole) != header.get("rows", len(whole)):
+        raise ValueError(f"{header['rows']} rows were scored and {len(whole)} are there")
     lengths = whole["token.position"].combine_chunks().value_lengths().to_numpy() if len(whole) else np.zeros(0)
     table = ScoreTable(
         whole["id"].to_pylist(),
@@ -117,13 +124,27 @@ def read_scores(folder: Path) -> StoredScores:
         {name: _tokens(whole[f"token.{name}"]) for name in TOKEN_COLUMNS if f"token.{name}" in whole.column_names},
         header.get("facts", {}),
     )
-    return StoredScores(
+    found = StoredScores(
         table,
         [json.loads(text) for text in whole["example"].to_pylist()],
         whole["input_ids"].to_pylist(),
         whole["labels"].to_pylist(),
         header,
     )
+    _require_sound(found)
+    return found
+
+
+def _require_sound(scores: StoredScores) -> None:
+    """Raises ValueError unless rows, labels and token statistics belong to each other."""
+    if list(scores.table.ids) != sorted(scores.table.ids):
+        raise ValueError("the rows are not in the order of their ids")
+    positions = scores.table.tokens["position"]
+    for row, (ids, labels) in enumerate(zip(scores.input_ids, scores.labels)):
+        targets = positions[scores.table.offsets[row] : scores.table.offsets[row + 1]]
+        there = [place for place, label in enumerate(labels) if label != IGNORED_LABEL]
+        if len(ids) != len(labels) or targets.tolist() != there:
+            raise ValueError(f"row {scores.table.ids[row]}: labels and token statistics are not of the same tokens")
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -135,7 +156,12 @@ def read_header(folder: Path) -> dict[str, Any]:
     path = Path(folder) / HEADER
     if not path.is_file():
         raise DataError(f"{folder} holds no scores: {path.name} is missing. Make them with `prunetune data score`")
-    header: dict[str, Any] = read_json(path)
+    try:
+        header = read_json(path)
+        if not isinstance(header, dict) or not isinstance(header.get("facts", {}), dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}); score into a new folder") from error
     return header
 
 

@@ -41,6 +41,7 @@ from prunetune.evaluate.perplexity import domain_perplexity, text_perplexity
 from prunetune.evaluate.speed import Speed, compare_speed
 from prunetune.model.architecture import describe
 from prunetune.model.budget import decoder_params, flops_per_token, full_shape, total_params, weight_bytes
+from prunetune.model.resolve import STOCK
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,10 @@ def save_evaluation(path: Path, results: list[EvalResult], settings: EvalSetting
 
 
 def _load(folder: Path, settings: EvalSettings) -> tuple[Any, Any]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype), local_files_only=True)
-    return model.to(settings.device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype), **STOCK)
+    return model.to(settings.device).eval(), AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
 
 
 def _sizes(folder: Path, settings: EvalSettings) -> dict[str, float]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunetune.core.errors import PrunetuneError
+from prunetune.model.resolve import STOCK
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _measure(folder: str, dtype: str, device: str, prompt_tokens: int) -> PeakMe
     from transformers import AutoModelForCausalLM
 
     idle = torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_resident_bytes()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **STOCK)
     model = model.to(device).eval()
     ids = torch.arange(prompt_tokens, device=device)[None] % model.config.get_text_config().vocab_size
     with torch.inference_mode():

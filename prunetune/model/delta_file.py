@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,9 +70,9 @@ def save_delta(
         divisor = divisors if isinstance(divisors, float) else divisors[name]
         matrices[name] = {"shape": list(shape), "divisor": divisor}
     facts = {"version": VERSION, "seed": seed, "model": tuned.folder.name, "drop": drop, "matrices": matrices}
-    facts |= {"base": base_fingerprint(base.reader), "values_sha256": _digest(tensors)}
+    said = json.dumps(facts | {"base": base_fingerprint(base.reader)})
     with new_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+        save_file(tensors, temporary, metadata={"format": FORMAT, "facts": said, "sha256": _digest(said, tensors)})
         temporary.chmod(0o644)
 
 
@@ -82,23 +83,34 @@ class DeltaFile(Tuned):
         path: the file.
 
     Raises:
-        UnsupportedModelError: it is none, it is cut short, or its values are not the ones that were written.
+        UnsupportedModelError: it is none, it is cut short, or it is not as it was written.
     """
 
     def __init__(self, path: Path):
         super().__init__(path)
         read_header(path)  # says so if the file is cut short
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            self._tensors = {name: file.get_tensor(name) for name in names}
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = list(file.keys())
+                self._tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise _damaged(path, str(error)) from error
         if metadata.get("format") != FORMAT:
             raise UnsupportedModelError(f"{path} is no delta file; make one with `prunetune delta save`")
-        self.facts: dict[str, Any] = json.loads(metadata["facts"])
-        if self.facts["version"] != VERSION:
-            raise UnsupportedModelError(f"{path} has version {self.facts['version']}; this prunetune reads {VERSION}")
-        if _digest(self._tensors) != self.facts["values_sha256"]:
+        said = metadata.get("facts", "")
+        if _digest(said, self._tensors) != metadata.get("sha256"):
             raise UnsupportedModelError(f"{path} was changed after it was written; copy it again")
+        try:
+            self.facts: dict[str, Any] = json.loads(said)
+            if self.facts["version"] != VERSION:
+                raise UnsupportedModelError(
+                    f"{path} has version {self.facts['version']}; this prunetune reads {VERSION}"
+                )
+            if fault := _fault(self.facts, self._tensors):
+                raise _damaged(path, fault)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(path, f"its header is not readable ({error})") from error
 
     def changed(self, base: BaseSlices) -> dict[str, tuple[int, int]]:
         found = base_fingerprint(base.reader)
@@ -107,7 +119,13 @@ class DeltaFile(Tuned):
                 f"{self.folder} belongs to a base with fingerprint {self.facts['base']}, and {base.reader.folder} has "
                 f"{found}; name the base that it was made with"
             )
-        return {name: (entry["shape"][0], entry["shape"][1]) for name, entry in self.facts["matrices"].items()}
+        shapes = {name: (entry["shape"][0], entry["shape"][1]) for name, entry in self.facts["matrices"].items()}
+        for name, shape in shapes.items():
+            if base.shape(name) != shape:
+                raise PlanMismatchError(
+                    f"{self.folder} changes {name} of {shape}, and the base's is {base.shape(name)}; name another base"
+                )
+        return shapes
 
     def delta(self, place: Place, base: BaseSlices) -> Delta:
         if place.rows is not None or place.columns is not None:
@@ -132,7 +150,11 @@ class _Stored(Delta):
         facts = self._facts
         words = words_of(self.place, facts["seed"], facts["model"], _PURPOSE, start, stop)
         found = torch.zeros(stop - start, self.place.shape[1])
-        found[words < threshold(1 - facts["drop"])] = self._values[self._counts[start] : self._counts[stop]].float()
+        stays = words < threshold(1 - facts["drop"])
+        values = self._values[self._counts[start] : self._counts[stop]]
+        if len(values) != int(stays.sum()):
+            raise UnsupportedModelError(f"the delta of {self.place.name} has other places than its seed draws")
+        found[stays] = values.float()
         return found / self._divisor
 
 
@@ -146,8 +168,30 @@ def base_fingerprint(reader: ShardReader) -> str:
     return found.hexdigest()[:32]
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
+def _damaged(path: Path, fact: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"the delta file {path} is damaged: {fact}; copy it again")
+
+
+def _fault(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a header that says it was not changed; None if nothing is."""
+    if not (isinstance(facts["model"], str) and isinstance(facts["base"], str) and type(facts["seed"]) is int):
+        return "its model, base or seed is of the wrong kind"
+    if not 0 <= float(facts["drop"]) <= 1:
+        return f"it drops {facts['drop']}"
+    for name, entry in facts["matrices"].items():
+        m, n = entry["shape"]
+        values, counts = tensors[f"values.{name}"], tensors[f"counts.{name}"]
+        if not (type(m) is int and type(n) is int and min(m, n) > 0 and math.isfinite(float(entry["divisor"]))):
+            return f"shape or divisor of {name}"
+        if values.dim() != 1 or counts.dtype != torch.int64 or tuple(counts.shape) != (m + 1,):
+            return f"values or counts of {name} have the wrong shape"
+        if int(counts[0]) != 0 or int(counts[-1]) != len(values) or bool((counts.diff() < 0).any()):
+            return f"the counts of {name} do not add up"
+    return None
+
+
+def _digest(said: str, tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(said.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -30,6 +30,7 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+_DEEPEST = 4  # arrays within arrays
 # What a llama-type GGUF calls the fields of LlamaConfig.
 _LLAMA_FIELDS = {
     "hidden_size": "llama.embedding_length",
@@ -51,6 +52,12 @@ class _Cursor:
         self.data = data
         self.place = 0
 
+    def skip(self, size: int) -> None:
+        """Moves on by ``size`` bytes, which must all be there."""
+        self.place += size
+        if self.place > len(self.data):
+            raise ValueError(f"{size} bytes are announced at {self.place - size}, beyond the end")
+
     def scalar(self, layout: str) -> Any:
         value = struct.unpack_from(layout, self.data, self.place)[0]
         self.place += struct.calcsize(layout)
@@ -58,21 +65,23 @@ class _Cursor:
 
     def string(self) -> str:
         length = self.scalar("<Q")
-        self.place += length
+        self.skip(length)
         return self.data[self.place - length : self.place].decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         """A value of a GGUF type; of an array only its length (vocabularies are not needed here)."""
+        if depth > _DEEPEST:
+            raise ValueError("arrays within arrays without end")
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
             return self.scalar(_SCALARS[kind])
         item, count = self.scalar("<I"), self.scalar("<Q")
         if item in _SCALARS:
-            self.place += count * struct.calcsize(_SCALARS[item])
+            self.skip(count * struct.calcsize(_SCALARS[item]))
         else:
             for _ in range(count):
-                self.value(item)
+                self.value(item, depth + 1)
         return count
 
 
@@ -98,7 +107,7 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
 def _tensor_name(cursor: _Cursor) -> str:
     name = cursor.string()
     dimensions = cursor.scalar("<I")
-    cursor.place += 8 * dimensions + 4 + 8  # the lengths, the type, the offset
+    cursor.skip(8 * dimensions + 4 + 8)  # the lengths, the type, the offset
     return name
 
 
@@ -116,7 +125,10 @@ def metadata_config(path: Path) -> dict[str, Any]:
             "for others save the model as a Hugging Face folder and give that"
         )
     config = {field: metadata[key] for field, key in _LLAMA_FIELDS.items() if key in metadata}
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    epsilon = metadata.get("llama.attention.layer_norm_rms_epsilon")
+    if not (type(heads) is int and heads > 0 and type(hidden) is int and isinstance(epsilon, float)):
+        raise UnsupportedModelError(f"{path} does not say its hidden size, heads and epsilon; convert it again")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -124,7 +136,7 @@ def metadata_config(path: Path) -> dict[str, Any]:
         "num_key_value_heads": config.get("num_key_value_heads", heads),
         "head_dim": metadata.get("llama.rope.dimension_count", hidden // heads),
         "vocab_size": metadata.get("llama.vocab_size", metadata.get("tokenizer.ggml.tokens")),
-        "rms_norm_eps": _decimal(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        "rms_norm_eps": _decimal(epsilon),
         "rope_parameters": {
             "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
             "rope_type": "default",
@@ -188,8 +200,10 @@ def _convert_into(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     metadata, _ = read_metadata(path)
-    model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     _restore_pre_tokenizer(tokenizer, metadata)
     _clear_marks(model)
     model.config.rms_norm_eps = _decimal(model.config.rms_norm_eps)

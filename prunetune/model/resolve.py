@@ -19,6 +19,8 @@ from prunetune.core.records import PreparedModel
 from prunetune.model import gguf_file, hub
 from prunetune.model.shards import ShardReader
 
+# How weights are opened everywhere: no code of the folder's runs, and nothing is unpickled.
+STOCK: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 UNKNOWN_LICENCE = "unknown (see the base model)"
 
 
@@ -167,7 +169,7 @@ def _load_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UnsupportedModelError(f"{path.parent} has no config.json, so it is not a model folder") from error
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModelError(f"{path} is not readable JSON ({error}); copy the model again") from error
     if not isinstance(config, dict):
         raise UnsupportedModelError(f"{path} does not hold a mapping; copy the model again")
@@ -175,15 +177,34 @@ def _load_config(path: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Raises UnsupportedModelError for truncated or missing weights, or a tokenizer beyond the embedding."""
+    """Raises UnsupportedModelError for truncated or missing weights, a tokenizer beyond the embedding, remote code."""
+    _refuse_remote_code(folder, config)
     entries = ShardReader(folder).entries
-    rows = [entry.shape[0] for name, entry in entries.items() if name.endswith("embed_tokens.weight")]
+    rows = [entry.shape[0] for name, entry in entries.items() if name.endswith("embed_tokens.weight") and entry.shape]
     vocabulary = rows[0] if rows else config.get("vocab_size")
     largest = max(_token_ids(folder), default=-1)
     if isinstance(vocabulary, int) and largest >= vocabulary:
         raise UnsupportedModelError(
             f"the tokenizer in {folder} knows token {largest}, but the model's embedding has {vocabulary} "
             "rows: they do not belong together. Use the model's own tokenizer, or resize the embedding first."
+        )
+
+
+def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
+    """Code that a model folder brings along is never run; without it some models cannot be opened."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise UnsupportedModelError(
+            f"{folder} needs Python code of its own (auto_map in config.json), which is never run: the export could "
+            "not be opened without it either. Use a model whose class is part of transformers"
+        )
+    tokenizer = folder / "tokenizer_config.json"
+    own = tokenizer.is_file() and _load_config(tokenizer).get("auto_map")
+    if own and not (folder / "tokenizer.json").is_file():
+        raise UnsupportedModelError(
+            f"the tokenizer in {folder} needs Python code of its own (auto_map), which is never run; save it as a fast "
+            "tokenizer (tokenizer.json) first"
         )
 
 
@@ -195,9 +216,9 @@ def _token_ids(folder: Path) -> Iterator[int]:
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = tokenizer["model"]["vocab"]
-        yield from vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        yield from (token["id"] for token in tokenizer.get("added_tokens", []))
-    except (ValueError, KeyError, TypeError) as error:
+        yield from map(int, vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
+        yield from (int(token["id"]) for token in tokenizer.get("added_tokens", []))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnsupportedModelError(f"{path} is not a readable tokenizer; copy the model again") from error
 
 

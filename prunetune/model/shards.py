@@ -61,7 +61,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         entries = {
             name: TensorEntry(tuple(entry["shape"]), entry["dtype"], path.name) for name, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        sizes = [size for entry in header.values() for size in (*entry["shape"], *entry["data_offsets"])]
+        if any(type(size) is not int or size < 0 for size in sizes):
+            raise ValueError("a size is no whole number")
+        if any(type(entry.dtype) is not str for entry in entries.values()):
+            raise ValueError("a dtype is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise _damaged(path, "its header is not readable") from error
     expected = _LENGTH_BYTES + length + end
     if size_bytes != expected:
@@ -108,9 +113,15 @@ class ShardReader:
     def _read_index(self, index_file: Path) -> None:
         try:
             places: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            shards = sorted(set(places.values()))
+            outside = [shard for shard in shards if shard != Path(shard).name or not shard.endswith(".safetensors")]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UnsupportedModelError(f"{index_file} is not a readable weights index; copy it again") from error
-        shards = sorted(set(places.values()))
+        if outside:
+            raise UnsupportedModelError(
+                f"{index_file} names {outside[0]!r}, which is no safetensors file in its own folder; copy the model "
+                "again from a source that you trust"
+            )
         missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if missing:
             raise UnsupportedModelError(

@@ -102,7 +102,7 @@ class Adapter(Tuned):
         super().__init__(folder)
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise UnsupportedModelError(f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter with save_pretrained")
-        self.config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        self.config: dict[str, Any] = _adapter_config(folder / ADAPTER_CONFIG)
         if self.config.get("peft_type") != "LORA":
             raise UnsupportedModelError(f"{folder} is a {self.config.get('peft_type')} adapter; LoRA can be merged")
         for name, why in _REFUSED.items():
@@ -177,6 +177,8 @@ class Adapter(Tuned):
         if missing:
             raise UnsupportedModelError(f"{self.folder}: {module} has no {missing[0]}; the file is incomplete")
         a, b = factors["A"], factors["B"]
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise UnsupportedModelError(f"{self.folder}: the factors of {module} do not fit each other; copy it again")
         if self._transposed(module) or self._is_embedding(module):
             a, b = b.T, a.T
         return a, b
@@ -230,6 +232,21 @@ class TunedModel(Tuned):
     def replaced(self, base: BaseSlices) -> dict[str, Callable[[], Tensor]]:
         changed = self.changed(base)
         return {name: partial(self._reader.read, name) for name in self._reader.entries if name not in changed}
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    try:
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise ValueError("it holds no mapping")
+        numbers = [config.get("lora_alpha", 0), *(config.get("alpha_pattern") or {}).values()]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise ValueError("an alpha is no number")
+        for pattern in config.get("alpha_pattern") or {}:
+            re.compile(pattern)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise UnsupportedModelError(f"{path} is no adapter configuration ({error}); copy it again") from error
+    return config
 
 
 def open_tuned(folder: Path) -> Tuned:

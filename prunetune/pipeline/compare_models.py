@@ -53,7 +53,7 @@ def read_rows(data: str, model_folder: Path, most: int) -> list[dict[str, Any]]:
     """Rows in the form that the harness takes, for the model's tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     splits = sources.read(data, "--data")
     given = sources.held_out_rows(splits) or splits.get("test") or sources.training_rows(splits)
     part, _ = prepare.convert(given, "auto", bool(tokenizer.chat_template))

@@ -57,7 +57,8 @@ def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
 
 def _require_same(folder: Path, text: str) -> None:
     """Resuming with other settings would not be the run that was started; evaluation and export may change."""
-    before, now = (_flat(yaml.safe_load(part)) for part in ((folder / RESOLVED).read_text(), text))
+    before = _flat(read_config(folder).model_dump(mode="json"))
+    now = _flat(RunConfig(**yaml.safe_load(text)).model_dump(mode="json"))
     free = ("evaluate", "export", "folder")
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(free)]
     if changed:
@@ -94,7 +95,10 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / RESOLVED
     if not path.exists():
         raise ConfigError([Problem(f"there is no run in {folder} ({RESOLVED} is missing)", "folder")])
-    return RunConfig(**{**yaml.safe_load(path.read_text()), "folder": folder})
+    try:
+        return RunConfig(**{**yaml.safe_load(path.read_text(encoding="utf-8")), "folder": folder})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError([Problem(f"{path} is damaged ({error}); restore it", "folder")]) from error
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from prunetune.data.inspection import Inspection, inspect
 from prunetune.model.resolve import resolve_model
+from prunetune.pipeline.loading import load_tokenizer
 
 
 def inspect_run(data: str, model: str, **settings: Any) -> Inspection:
@@ -19,6 +20,4 @@ def inspect_run(data: str, model: str, **settings: Any) -> Inspection:
     Raises:
         DataError: see ``inspect``. UnsupportedModelError: the model is not found.
     """
-    from transformers import AutoTokenizer
-
-    return inspect(data, AutoTokenizer.from_pretrained(resolve_model(model).folder), **settings)
+    return inspect(data, load_tokenizer(resolve_model(model)), **settings)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from prunetune.core.errors import DataError
 from prunetune.core.records import PreparedModel
 from prunetune.model.quantized import keep_format
+from prunetune.model.resolve import STOCK
 from prunetune.train.checkpoint import global_step, newest, read_marker
 from prunetune.train.freeze import FREEZE, adopt_freeze
 
@@ -21,13 +22,13 @@ TRAIN = "train"
 
 def load_base(prepared: PreparedModel, dtype: str) -> Any:
     """The dense base model in ``dtype``."""
-    return AutoModelForCausalLM.from_pretrained(prepared.folder, dtype=getattr(torch, dtype))
+    return AutoModelForCausalLM.from_pretrained(prepared.folder, dtype=getattr(torch, dtype), **STOCK)
 
 
 def load_for_training(prepared: PreparedModel, dtype: str, quantized: BitsAndBytesConfig | None = None) -> Any:
     """The dense base model that adapters are trained beside: straight on its device, quantised tensor by tensor."""
     model = AutoModelForCausalLM.from_pretrained(
-        prepared.folder, dtype=getattr(torch, dtype), quantization_config=quantized, device_map=_place()
+        prepared.folder, dtype=getattr(torch, dtype), quantization_config=quantized, device_map=_place(), **STOCK
     )
     keep_format(model)
     return model
@@ -41,7 +42,7 @@ def _place() -> dict[str, int] | None:
 
 def load_tokenizer(prepared: PreparedModel) -> Any:
     """The base model's tokenizer."""
-    return AutoTokenizer.from_pretrained(prepared.folder)
+    return AutoTokenizer.from_pretrained(prepared.folder, trust_remote_code=False)
 
 
 def load_trained(
