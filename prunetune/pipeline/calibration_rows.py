@@ -65,8 +65,15 @@ class CalibrationRows:
 
     def digest(self) -> str:
         """Hex digest of the first draw, labels included."""
-        text = repr([(row.input_ids, row.labels) for row in self.draw()])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self.draw())
+
+    def digest_of_all(self) -> str:
+        """Hex digest of everything that any draw or the judging sees."""
+        return _digest([*self._pool, *self.judged])
+
+
+def _digest(rows: Sequence[TokenRow]) -> str:
+    return hashlib.sha256(repr([(row.input_ids, row.labels) for row in rows]).encode()).hexdigest()[:16]
 
 
 def _enough(rows: Sequence[TokenRow], order: Sequence[int] | np.ndarray, tokens: int, most: int) -> int:
