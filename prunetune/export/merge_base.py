@@ -1,8 +1,10 @@
 """What the adapters of a quantised model are merged onto, and how far that is from the model that was trained.
 
 Adapters learn beside dequantised weights. Merged onto those, the export is the trained model, exact but for the dtype
-that it is written in. The original weights differ from them by the quantisation's rounding, which is larger than what
-a short tuning learns, and which the adapters have learnt to undo in part: so they are taken on demand only.
+that it is written in: what was validated while training is what comes out, so this is the default. Merged onto the
+original weights it is another model, as far away as the quantisation's rounding, which is larger than what a short
+tuning learns. It may be the better one (14 steps on a real 135M model in nf4: perplexity 33.5 instead of 36.5) or the
+worse one, once adapters have learnt to undo that rounding; so it is there on demand, and measured.
 """
 
 from __future__ import annotations
