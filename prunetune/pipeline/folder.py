@@ -16,7 +16,10 @@ from prunetune.core.files import discard, sweep, write_json, write_text
 
 RESOLVED = "resolved.yaml"
 VERSIONS = "versions.json"
-PACKAGES = ("prunetune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "numpy")
+PACKAGES = (
+    *("prunetune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "numpy"),
+    "bitsandbytes",
+)
 
 
 def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
