@@ -108,13 +108,13 @@ class _Pruning:
         """The planner of the target; biases that are added count."""
         request, family = self.request, self.arch.family
         kinds = set(request.target.units) - {"layers"}
-        bias_fields = self._bias_fields({"down" if kind == "mlp_channels" else "o" for kind in kinds})
-        if not bias_fields:
+        added = self._bias_fields({"down" if kind == "mlp_channels" else "o" for kind in kinds})
+        if not added:
             return Planner(self.arch, request.target, request.dtype)
         arch = replace(
             self.arch,
-            attention_bias=self.arch.attention_bias or family.attention_bias in bias_fields,
-            mlp_bias=self.arch.mlp_bias or family.mlp_bias in bias_fields,
+            attention_bias=self.arch.attention_bias or family.attention_bias in added,
+            mlp_bias=self.arch.mlp_bias or family.mlp_bias in added,
         )
         return Planner(
             arch, request.target, request.dtype, Budget.from_target(self.arch, request.target, request.dtype)
@@ -246,16 +246,13 @@ class _Pruning:
 
     def _model_scores(self, score: ModelScore) -> dict[str, Tensor]:
         """Scores that need the whole model, from the cache if they are there."""
-        facts = [
-            self.request.score,
-            score.options.model_dump(mode="json"),
-            self.request.target.units,
-            self.request.seed,
-        ]
+        request = self.request
+        facts = [request.score, score.options.model_dump(mode="json"), request.target.units, request.seed]
+        facts += [request.tokens, self.rows.digest_of_all()]
         if score.priced:
-            facts += [self.request.target.model_dump(mode="json"), self.request.allocation]
+            facts += [request.target.model_dump(mode="json"), request.allocation]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-        path = self.calibration.folder / f"scores-{self.request.score}-{name}.safetensors"
+        path = self.calibration.folder / f"scores-{request.score}-{name}.safetensors"
         if path.is_file():
             note(f"scores: read from {path}, no new pass")
             return load_file(path)
