@@ -91,7 +91,7 @@ def _pruned(cell: Cell, dense: PreparedModel, data: DataBundle) -> PreparedModel
     config, folder = cell.config, cell.config.folder / "pruned"
     compensation = config.compensation
     options = compensation.options()
-    tokens = {"tokens": int(options.pop("tokens"))} if "tokens" in options else {}
+    tokens = int(options.pop("tokens", PruneRequest.tokens))
     units = [kind for kind in config.target.units if kind in SCORES.get(cell.score).kinds]
     if not folder.exists():
         prune_once(
@@ -111,7 +111,7 @@ def _pruned(cell: Cell, dense: PreparedModel, data: DataBundle) -> PreparedModel
                 # All cells of a seed read the same statistics.
                 cache=config.folder.parent / "prune-cache",
                 verify=config.export.verify,
-                **tokens,
+                tokens=tokens,
             )
         )
     return resolve_model(str(folder))
