@@ -77,16 +77,24 @@ class StreamMerge:
         sources: what is merged.
         settings: how.
         surgery: the plan by which the base was pruned, when the sources were trained on the dense model.
+        reader: of the base's numbers, where they are not what its files hold (a quantised base).
 
     Raises:
         PlanMismatchError: a source's matrices do not fit the base's.
         UnsupportedModelError: a source changes a tensor that the base does not have.
     """
 
-    def __init__(self, base: Path, sources: Sequence[Source], settings: MergeSettings, surgery: Surgery | None = None):
+    def __init__(
+        self,
+        base: Path,
+        sources: Sequence[Source],
+        settings: MergeSettings,
+        surgery: Surgery | None = None,
+        reader: ShardReader | None = None,
+    ):
         self.base, self.sources, self.settings = base, sources, settings
         self.config: dict[str, Any] = read_json(base / "config.json")
-        self._reader = ShardReader(base)
+        self._reader = reader or ShardReader(base)
         tied = self.config.get("tie_word_embeddings") and HEAD not in self._reader.entries
         self.slices = BaseSlices(self._reader, {HEAD: EMBEDDING} if tied else {})
         # Name in the base -> the deltas that are added there, each with its source.
@@ -275,6 +283,11 @@ class StreamMerge:
         return math.sqrt(sum(squares))
 
     @property
+    def names(self) -> list[str]:
+        """Every tensor that is written."""
+        return list(self._shapes)
+
+    @property
     def calibrated(self) -> bool:
         """Whether a method needs rows: to see inputs, or to search an option."""
         methods = [source.method for source in self.sources]
@@ -307,7 +320,11 @@ class StreamMerge:
         for file in self.base.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != "config.json":
                 shutil.copyfile(file, work / file.name)
-        config = dict(self.config)
+        write_json(work / "config.json", self.out_config())
+
+    def out_config(self) -> dict[str, Any]:
+        """config.json of what is written: the base's, with the changes that the merge makes."""
+        config = {key: value for key, value in self.config.items() if key != "quantization_config"}
         if self.slices.tied and HEAD in self._shapes:
             config["tie_word_embeddings"] = False
         if EMBEDDING in self._shapes and "vocab_size" in config:
@@ -315,7 +332,7 @@ class StreamMerge:
         if self.settings.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.settings.dtype).removeprefix("torch.")
-        write_json(work / "config.json", config)
+        return config
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -13,10 +13,12 @@ from prunetune.export.combine import HOWS
 from prunetune.export.merge_source import Special
 from prunetune.export.stream_merge import MergeSettings
 from prunetune.methods.deltas import DELTAS, build_delta, check_delta
+from prunetune.model.quantized_base import KINDS
 from prunetune.pipeline.delta_search import By
 
 # Of --rescale: what dare itself understands, what darex_q finds on rows, and what it needs no rows for.
 _DARE = ("inverse_keep", "l1", "none")
+Onto = Literal["dequantized", "original", "requantized"]
 _DAREX = ("auto", "closed_form", "search", "analytic")
 
 
@@ -49,6 +51,8 @@ class MergeRequest:
             darex_q's ``q``. by: what a search goes by.
         rules: what holds for some tensors only. output: adapter: the result stays a LoRA adapter.
         allow_large: drop by lot however large the changes are.
+        quantized: nf4, fp4 or int8: how the base was loaded while the sources were trained; a base that is stored so
+            needs no saying. onto: what of it is merged onto; default: dequantized.
     """
 
     folders: Sequence[Path]
@@ -65,6 +69,8 @@ class MergeRequest:
     rules: Sequence[Rule] = ()
     output: Literal["model", "adapter"] = "model"
     allow_large: bool = False
+    quantized: str | None = None
+    onto: Onto | None = None
 
     def problems(self) -> list[Problem]:
         """Everything that cannot work, before anything is read."""
@@ -84,6 +90,8 @@ class MergeRequest:
             found.append(
                 Problem(f"{self.how} makes a sum that is no product of factors; take linear or average", "--output")
             )
+        if self.quantized not in (None, *KINDS):
+            found.append(Problem(f"is {self.quantized}; {suggest(str(self.quantized), KINDS)}", "--quantized"))
         found += self._rescale_problems() or check_delta(self.method, self.method_options)
         for rule in self.rules:
             faults = check_delta(*self.of_rule(rule))

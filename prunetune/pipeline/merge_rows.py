@@ -14,10 +14,12 @@ from prunetune.data import prepare, sources
 from prunetune.export.stream_merge import StreamMerge
 from prunetune.methods.deltas import build_delta
 from prunetune.model.delta_inputs import Inputs, measure_inputs
+from prunetune.model.shards import ShardReader
 from prunetune.model.token_rows import TokenRow, token_rows
 from prunetune.model.tuned import EMBEDDING, HEAD
 from prunetune.pipeline.delta_search import By, Judge, search
-from prunetune.pipeline.loading import load_base, load_tokenizer
+from prunetune.pipeline.loading import load_tokenizer
+from prunetune.pipeline.merge_quantized import plain_model
 
 _TOKENS, _MAX_LENGTH = 8192, 512
 
@@ -26,15 +28,16 @@ class MergeRows:
     """Rows that a merge is calibrated on, and the base model that sees them.
 
     Args:
-        prepared: the base. name: of the rows, as ``data.train`` takes it.
+        prepared: the base. reader: of the numbers that the sources saw. name: of the rows, as ``data.train`` takes it.
 
     Raises:
         DataError: no usable row.
     """
 
-    def __init__(self, prepared: PreparedModel, name: str):
+    def __init__(self, prepared: PreparedModel, reader: ShardReader, name: str):
         self._tokenizer = load_tokenizer(prepared)
-        self._model = load_base(prepared, "float32").eval()
+        state = {tensor: reader.read(tensor).float() for tensor in reader.names()}
+        self._model = plain_model(prepared.config, state)
         rows = sources.training_rows(sources.read(name, "--calibration"))
         part, _ = prepare.convert(rows, "auto", bool(self._tokenizer.chat_template))
         self._rows: list[TokenRow] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from prunetune.core.sizes import format_bytes
 from prunetune.export.adapter_merge import write_adapter
 from prunetune.export.combine import HOWS
 from prunetune.export.merge_source import Source
-from prunetune.export.stream_merge import StreamMerge
+from prunetune.export.stream_merge import MergeSettings, StreamMerge
 from prunetune.methods.deltas import build_delta
 from prunetune.methods.deltas.darex_q import DarexOptions, DarexQ
 from prunetune.model.architecture import describe
@@ -29,6 +29,7 @@ from prunetune.model.resolve import resolve_model
 from prunetune.model.shards import ShardReader
 from prunetune.model.surgery import Surgery
 from prunetune.model.tuned import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tuned, open_tuned
+from prunetune.pipeline.merge_quantized import Base, open_base, write_quantized
 from prunetune.pipeline.merge_request import MergeRequest
 from prunetune.pipeline.merge_rows import MergeRows
 from prunetune.pipeline.quiet import quiet_libraries
@@ -45,14 +46,17 @@ def merge_run(request: MergeRequest, out: Path, *, overwrite: bool = False) -> N
         ConfigError: settings that cannot work, all at once.
         PrunetuneError: folders that do not fit each other, no space, numbers that are not finite.
     """
-    merge, options = ready(request)
+    found = ready(request)
+    merge, facts = found.merge, metadata(request, found.merge, found.options)
     refuse_large_changes(merge, request)
-    facts = metadata(request, merge, options)
     if request.output == "adapter":
         write_adapter(merge, out, facts, replace=overwrite)
         note(f"{len(request.folders)} adapter(s) made one of {len(merge.changed)} matrices: {out}")
         return
-    merge.write(out, facts, replace=overwrite)
+    if found.base.kind is None:
+        merge.write(out, facts, replace=overwrite)
+    else:
+        write_quantized(found.base, merge, found.trained, out, facts, replace=overwrite)
     note(f"merged {len(request.folders)} model(s) into {len(merge.changed)} matrices: {out}")
 
 
@@ -69,8 +73,8 @@ def save_run(request: MergeRequest, out: Path, *, drop: float) -> None:
     if out.exists():
         raise DataError(f"{out} exists; name another file")
     dropping = replace(request, delta="dare", options={"drop": drop})
-    merge, _ = ready(request)
-    refuse_large_changes(ready(replace(dropping, calibration=None))[0], dropping)
+    merge = ready(request).merge
+    refuse_large_changes(ready(replace(dropping, calibration=None)).merge, dropping)
     [source] = merge.sources
     method = DarexQ(DarexOptions(drop=drop, q="closed_form" if request.calibration else (1 - drop) or 1.0))
     divisors: dict[str, float] = {}
@@ -130,37 +134,60 @@ def refuse_large_changes(merge: StreamMerge, request: MergeRequest) -> None:
         warn(f"{fact}; random dropping is not safe at this size")
 
 
-def ready(request: MergeRequest) -> tuple[StreamMerge, dict[str, Any]]:
-    """(the merge, checked and calibrated, not yet written; its method's options with nothing left to a search)."""
+@dataclass(frozen=True)
+class Ready:
+    """A merge that was checked and calibrated, not yet written.
+
+    Args:
+        merge: as it is written. options: of its method, with nothing left to a search.
+        base: what is merged onto. trained: the same merge onto the numbers that the sources saw, in float32.
+    """
+
+    merge: StreamMerge
+    options: dict[str, Any]
+    base: Base
+    trained: StreamMerge
+
+
+def ready(request: MergeRequest) -> Ready:
+    """Opens, checks and calibrates everything; searches what is open."""
     quiet_libraries()
     if problems := request.problems():
         raise ConfigError(problems)
     how, prepared = HOWS[request.how], resolve_model(request.base)
+    base = open_base(prepared, request.quantized, request.onto)
     surgery = _surgery(request.plan, prepared.config)
     opened = [(_open(folder), name) for folder, name in zip(request.folders, _names(request.folders))]
     weights = request.weights or [1.0] * len(request.folders)
-
     settings = replace(request.settings, consensus=how.consensus, normalise=how.normalise)
+    if base.kind is not None and settings.dtype is None:
+        settings = replace(settings, dtype=torch.bfloat16)
+    exact = replace(settings, dtype=torch.float32)
 
-    def made(options: Mapping[str, Any] | None, seen: Mapping[str, Mapping[str, Inputs]]) -> StreamMerge:
+    def made(
+        options: Mapping[str, Any] | None,
+        seen: Mapping[str, Mapping[str, Inputs]],
+        reader: ShardReader = base.written,
+        settings: MergeSettings = settings,
+    ) -> StreamMerge:
         method = build_delta("identity", {}) if options is None else build_delta(request.method, options)
         found = [
             Source(tuned, weights[place], method, name, seen.get(name, {}), request.special(place, options))
             for place, (tuned, name) in enumerate(opened)
         ]
-        return StreamMerge(prepared.folder, found, settings, surgery)
+        return StreamMerge(prepared.folder, found, settings, surgery, reader)
 
     options = request.method_options
-    merge = made(options, {})
-    if not merge.calibrated and request.calibration is None:
-        return merge, options
-    if request.calibration is None:
+    seen: Mapping[str, Mapping[str, Inputs]] = {}
+    merge = made(options, seen)
+    if merge.calibrated and request.calibration is None:
         raise ConfigError([Problem(f"{request.method} looks at real inputs; name a file of rows", "--calibration")])
-    rows = MergeRows(prepared, request.calibration)
-    seen = rows.measure(merge)
-
-    options = rows.settle(request.method, options, request.by, lambda tried: made(tried, seen))
-    return made(options, seen), options
+    if request.calibration is not None:
+        rows = MergeRows(prepared, base.trained, request.calibration)
+        seen = rows.measure(merge)
+        options = rows.settle(request.method, options, request.by, lambda tried: made(tried, seen))
+        merge = made(options, seen)
+    return Ready(merge, options, base, made(options, seen, base.trained, exact))
 
 
 def delta_info(request: MergeRequest) -> list[dict[str, Any]]:
@@ -170,7 +197,7 @@ def delta_info(request: MergeRequest) -> list[dict[str, Any]]:
         One record a matrix: name, shape, mean_abs (of the delta), relative (its norm over the base's), ``R`` and
         ``suggested_drop`` if there are calibration rows, and ``errors``: drop rate -> relative output error.
     """
-    merge, _ = ready(request)
+    merge = ready(request).merge
     records = []
     for name in merge.changed:
         base = merge.base_norm(name)
@@ -208,6 +235,8 @@ def metadata(request: MergeRequest, merge: StreamMerge, options: Mapping[str, An
         "how": request.how,
         "delta": {"method": request.method, **options},
         "rules": [asdict(rule) for rule in request.rules],
+        "quantized": request.quantized,
+        "onto": request.onto,
         "scale": merge.settings.scale,
         "seed": merge.settings.seed,
         "dtype": str(merge.settings.dtype),

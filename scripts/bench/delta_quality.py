@@ -127,6 +127,7 @@ class Subject:
                 "train": str(data / "train.jsonl"),
                 "validation": str(data / "validation.jsonl"),
                 "validation_rows": SEARCH_ROWS + options.rows,
+                "max_rows": options.steps * options.batch,
             },
             target={"kept": "100%"},
             compensation={"method": "none"},

@@ -180,7 +180,12 @@ def install_mergekit(folder: Path) -> str | None:
 
 def config_of(layers: int) -> LlamaConfig:
     return LlamaConfig(
-        num_hidden_layers=layers, vocab_size=8192, max_position_embeddings=512, tie_word_embeddings=False, **WIDTHS
+        architectures=["LlamaForCausalLM"],
+        num_hidden_layers=layers,
+        vocab_size=8192,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        **WIDTHS,
     )
 
 

@@ -64,6 +64,16 @@ def merge(
     ] = None,
     shard_size: Annotated[str, typer.Option(help="a weights file is at most so large")] = "2GB",
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
+    quantized: Annotated[
+        str | None,
+        typer.Option("--quantized", help="nf4, fp4 or int8: how the base was loaded while the sources were trained"),
+    ] = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            "--onto", help="of a quantised base: dequantized (default, written in bfloat16), original, requantized"
+        ),
+    ] = None,
     allow_large: AllowLarge = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a former merge there")] = False,
 ) -> None:
@@ -87,6 +97,8 @@ def merge(
         [parse_rule(rule) for rule in rules or ()],
         _one_of("--output", output, "model", "adapter"),
         allow_large,
+        quantized,
+        None if onto is None else _one_of("--onto", onto, "dequantized", "original", "requantized"),
     )
     merge_run(request, out, overwrite=overwrite)
 
