@@ -50,6 +50,7 @@ from prunetune.pipeline.calibration_rows import CalibrationRows
 from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.prune_request import PruneRequest
 from prunetune.pipeline.quiet import quiet_libraries
+from prunetune.pipeline.remembered_judge import RememberedJudge
 
 # Tokens of one forward pass through one layer.
 BATCH_TOKENS = 4096
@@ -204,9 +205,12 @@ class _Pruning:
         return load_base(self.prepared, name).to(self.device).eval().requires_grad_(False)
 
     @cached_property
-    def judge(self) -> OutputJudge:
-        batches = batches_of([row.input_ids for row in self.rows.judged], BATCH_TOKENS)
-        return OutputJudge(self.model, self.planner.sites, batches, self.arch.family.layers)
+    def judge(self) -> RememberedJudge:
+        def make() -> OutputJudge:
+            batches = batches_of([row.input_ids for row in self.rows.judged], BATCH_TOKENS)
+            return OutputJudge(self.model, self.planner.sites, batches, self.arch.family.layers)
+
+        return RememberedJudge(make, self.calibration.folder / f"judged-{self.rows.digest_of_all()}.json")
 
     # --- the steps ---------------------------------------------------------------------------------------------------
 

@@ -172,6 +172,17 @@ def test_gradient_scores_are_kept_for_another_size(base: Path, monkeypatch: pyte
         prune_once(request(base, "other", score="taylor", options={"score": {"order": "first"}}))
 
 
+def test_what_was_measured_once_is_not_measured_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dynamic program's curves are the same for every budget: the model is not even loaded."""
+    first = prune_once(request(base, "first", allocation="dynamic_program")).folder
+    monkeypatch.setattr(prune_run, "load_base", no_stream)
+    again = prune_once(request(base, "again", allocation="dynamic_program")).folder
+    prune_once(request(base, "smaller", kept="55%", allocation="dynamic_program"))
+    assert Plan.load(first / "plan.json").digest() == Plan.load(again / "plan.json").digest()
+    with pytest.raises(pytest.fail.Exception, match="a new pass"):
+        prune_once(request(base, "finer", allocation="dynamic_program", options={"allocation": {"share": 1}}))
+
+
 def test_how_rows_are_batched_does_not_change_the_plan(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes with other memory limits decide the same."""
     first = Plan.load(prune_once(request(base, "first")).folder / "plan.json")
