@@ -204,13 +204,14 @@ def zero_stage(trainer: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def without_deepspeed(trainer: Any) -> Iterator[None]:
-    """Lets Trainer evaluate as if there were no DeepSpeed: its inference engine is for stage 3 only, and not needed."""
-    trainer.is_deepspeed_enabled = False
+def without_engine(trainer: Any) -> Iterator[None]:
+    """Lets Trainer evaluate as if there were no engine: it would make one, which for ZeRO-2 and FSDP2 fails."""
+    was = trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled
+    trainer.is_deepspeed_enabled = trainer.is_fsdp_enabled = False
     try:
         yield
     finally:
-        trainer.is_deepspeed_enabled = True
+        trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = was
         trainer.accelerator.free_memory()
         unprepare(trainer.model)
 

@@ -26,6 +26,11 @@ class Engine:
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
+    @property
+    def runs(self) -> bool:
+        """Whether the model is in the engine's hands now."""
+        return True
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name, as the engine holds them."""
         return {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}

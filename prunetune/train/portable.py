@@ -19,6 +19,8 @@ from prunetune.model.surgery import base_model
 from prunetune.train import compat
 from prunetune.train.checkpoint import ADAPTER_FILE
 from prunetune.train.engine import Engine
+from prunetune.train.fsdp import Fsdp2
+from prunetune.train.launched import engine_name
 from prunetune.train.moments import MOMENTS_FILE, Moments
 from prunetune.train.zero import Zero, ZeroThree
 
@@ -32,9 +34,8 @@ class PortableTrainer(SFTTrainer):
     @property
     def engine(self) -> Engine:
         """What knows how this run's tensors are spread over processes."""
-        stage = compat.zero_stage(self)
-        kind = Engine if stage is None else ZeroThree if stage == 3 else Zero
-        return kind(self)
+        kinds: dict[str, type[Engine]] = {"zero2": Zero, "zero3": ZeroThree, "fsdp2": Fsdp2}
+        return kinds.get(engine_name(self), Engine)(self)
 
     # ---- saving
 
@@ -110,7 +111,7 @@ class PortableTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in SFTTrainer, also before an engine was made and after it was ended."""
-        if compat.zero_stage(self) is None or self.deepspeed is not None:
+        if self.engine.runs:
             return super().evaluate(*args, **kwargs)
-        with compat.without_deepspeed(self), computing(base_model(self.model)):
+        with compat.without_engine(self), computing(base_model(self.model)):
             return super().evaluate(*args, **kwargs)

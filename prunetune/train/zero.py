@@ -25,6 +25,10 @@ class Zero(Engine):
     shards_trained = True
 
     @property
+    def runs(self) -> bool:
+        return self.trainer.deepspeed is not None
+
+    @property
     def _zero(self) -> Any:
         """DeepSpeed's optimizer; None while no engine runs."""
         engine = self.trainer.deepspeed
@@ -81,7 +85,7 @@ class Zero(Engine):
 
     def release(self) -> None:
         trainer = self.trainer
-        if trainer.deepspeed is None:
+        if not self.runs:
             return
         values, trained = self.values(), self.trained()
         trainer.accelerator.free_memory()

@@ -1,8 +1,9 @@
 """Started once per process by the tests: a tiny joint run that leaves what each process saw.
 
 Arguments: JSON with ``out``, and optionally ``rows`` of a process's batch, ``accumulate``, ``resume``, ``interrupt``
-(step in which the first process is asked to stop), ``nan`` (step in which the second process's loss is NaN), ``mask``,
-``distill`` (weight), ``data`` (number of rows), ``tokens`` (of refit).
+(step in which the first process is asked to stop), ``nan`` (step in which the second process's loss is NaN), ``die``
+(step in which the second process is killed), ``mask``, ``data`` (number of rows), ``tokens`` (of refit), ``args`` (of
+TRL), ``fsdp`` (see fsdp_on_cpu.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,21 @@ from transformers import TrainerCallback
 
 from prunetune.core.errors import DivergedError
 from prunetune.model.sharded import opened
+from prunetune.train.engine import whole
+from tests.distributed.fsdp_on_cpu import force_fsdp
 from tests.train.joint_runs import joint_trainer, lora, prune_config, rows, weights
+
+
+class Gates(TrainerCallback):
+    """Remembers the gates of every search step, all sites one after the other."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.seen: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._search is not None:
+            self.seen.append(torch.cat(list(self.trainer._search.gate_set.values().values())))
 
 
 class Disturb(TrainerCallback):
@@ -32,6 +47,8 @@ class Disturb(TrainerCallback):
         step, rank = state.global_step + 1, int(os.environ.get("RANK", "0"))
         if rank == 0 and step == self.asked.get("interrupt"):
             os.kill(os.getpid(), signal.SIGINT)
+        if rank == 1 and step == self.asked.get("die"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1 and step == self.asked.get("nan"):
             with torch.no_grad():
                 for parameter in kwargs["model"].parameters():
@@ -42,12 +59,14 @@ def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
     """A copy of every parameter by name, gathered where the engine spreads it; the trained ones in float32."""
     trained = trainer.engine.values()
     with opened(trainer.model):
-        return weights(trainer) | trained
+        return {name: whole(weight) for name, weight in weights(trainer).items()} | trained
 
 
 def main(asked: dict[str, Any]) -> None:
     """One process of the run."""
     torch.set_num_threads(1)
+    if asked.get("fsdp"):
+        force_fsdp()
     out = Path(asked["out"])
     refit = {"method": "refit", "tokens": asked.get("tokens", 256)}
     args = {
@@ -55,6 +74,7 @@ def main(asked: dict[str, Any]) -> None:
         "gradient_accumulation_steps": asked.get("accumulate", 1),
         "ddp_find_unused_parameters": asked.get("unused", False),
     }
+    gates = Gates()
     trainer = joint_trainer(
         out,
         prune=prune_config(
@@ -67,9 +87,10 @@ def main(asked: dict[str, Any]) -> None:
         train_dataset=rows(asked.get("data", 24)),
         eval_dataset=rows(8, seed=5),
         evaluate_at_freeze=True,
-        args=args,
-        callbacks=[Disturb(asked)],
+        args=args | asked.get("args", {}),
+        callbacks=[Disturb(asked), gates],
     )
+    gates.trainer = trainer
     said = ""
     try:
         trainer.train(resume_from_checkpoint=bool(asked.get("resume")))
@@ -83,9 +104,11 @@ def main(asked: dict[str, Any]) -> None:
         "step": trainer.state.global_step,
         "plan": trainer.plan.digest() if trainer.plan else None,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "grad_norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry],
     }
     rank = trainer.accelerator.process_index
     (out / f"process{rank}.json").write_text(json.dumps(found))
+    torch.save(gates.seen, out / f"gates{rank}.pt")
     torch.save(whole_weights(trainer), out / f"weights{rank}.pt")
     trainer.end()
 

@@ -31,18 +31,18 @@ def free_port() -> int:
 
 
 def launch(
-    processes: int, out: Path, script: str = "tests.distributed.joint_script", **asked: Any
+    processes: int, out: Path, script: str = "tests.distributed.joint_script", config: Path = DDP, **asked: Any
 ) -> list[dict[str, Any]]:
-    """Runs a script in so many processes; what each of them saw."""
+    """Runs a script in so many processes of an engine's launch file; what each of them saw."""
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-m", script]
     if processes > 1:
         command = [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP)),
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
             *("--num_processes", str(processes), "--main_process_port", str(free_port())),
             *("--module", script),
         ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [*command, json.dumps({"out": str(out), **asked})],
         cwd=ROOT,
