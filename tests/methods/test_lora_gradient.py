@@ -6,7 +6,7 @@ import torch
 
 from prunetune.config.presets import PhaseSteps
 from prunetune.methods.masks import MASKS, build_mask
-from prunetune.methods.masks.lora_gradient import importance, normalised
+from prunetune.methods.masks.lora_gradient import importance_by_module, normalised
 from prunetune.model.gates import GateStatistics
 from tests.contracts.masks import ALL_KINDS, context, set_gradients, statistics, with_adapters
 
@@ -39,7 +39,7 @@ def by_hand(mask, layer):
 def test_importance_equals_a_direct_computation():
     mask = make(units=ALL_KINDS)
     set_gradients(mask, torch.Generator().manual_seed(3), 1e-2)
-    found = normalised(importance(mask.context.adapters.linears))
+    found = normalised(importance_by_module(mask.context.adapters.linears))
     for layer in range(3):
         channels, groups = by_hand(mask, layer)
         torch.testing.assert_close(found[f"layers.{layer}.mlp_channels"], channels)
@@ -53,7 +53,7 @@ def test_the_running_mean_starts_at_zero_and_forgets_a_tenth_a_step():
     seen = []
     for step in range(3):
         mask.after_backward(step, statistics(mask, step))
-        seen.append(normalised(importance(mask.context.adapters.linears))["layers.1.kv_groups"])
+        seen.append(normalised(importance_by_module(mask.context.adapters.linears))["layers.1.kv_groups"])
     expected = 0.1 * (0.81 * seen[0] + 0.9 * seen[1] + seen[2])
     torch.testing.assert_close(mask.state_dict()["mean.layers.1.kv_groups"], expected)
 

@@ -132,18 +132,16 @@ def finite(statistics: GateStatistics) -> bool:
     return all(bool(torch.isfinite(t).all()) for part in (statistics.grad, statistics.square) for t in part.values())
 
 
-def in_parameters(planner: Planner, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores without a unit of measure, rescaled so that each site's add up to the parameters of its units.
+def weighed(shares: Mapping[str, Tensor], masses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores that rank the units of a site by ``shares``, sites and kinds by ``masses``.
 
-    Kinds then compete by how unevenly their scores are spread, not by how many pieces they are counted in. Scores
-    must not be negative; a site where all are 0 gets equal ones.
+    Args:
+        shares: site -> (U,) not negative, in any unit of measure. masses: site -> what they are to add up to, in one
+            unit of measure over all sites.
     """
-    costs, found = unit_params(planner), {}
-    for site in planner.sites:
-        score = scores[site.name].double()
-        mean = score.mean()
-        found[site.name] = (costs[site.kind] * (score / mean if mean > 0 else torch.ones_like(score))).float()
-    return found
+    return {
+        name: (share / share.sum().clamp(min=1e-30) * masses[name]).detach().float() for name, share in shares.items()
+    }
 
 
 def kept_fraction(planner: Planner, gates: Mapping[str, Tensor]) -> Tensor:
@@ -170,6 +168,14 @@ def budget_fraction(planner: Planner) -> float:
     """The decoder fraction that the largest shape inside the budget keeps."""
     arch = planner.arch
     return max(decoder_params(arch, shape) for shape in planner.candidates) / decoder_params(arch, full_shape(arch))
+
+
+def gated_budget(planner: Planner) -> float:
+    """The fraction of the gated units' parameters that the largest shape inside the budget keeps."""
+    arch, costs = planner.arch, unit_params(planner)
+    full = decoder_params(arch, full_shape(arch))
+    gated = sum(costs[site.kind] * site.size for site in planner.sites)
+    return max(0.0, 1.0 - full * (1 - budget_fraction(planner)) / gated)
 
 
 def unit_params(planner: Planner) -> dict[str, float]:

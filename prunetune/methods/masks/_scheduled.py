@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import astuple
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from prunetune.methods.masks import Mask, MaskContext, finite
 from prunetune.methods.options import MethodOptions
+from prunetune.model.budget import Shape, full_shape, plan_shape
 from prunetune.model.gates import GateStatistics
+from prunetune.model.plan import Plan
 
 
 class ScheduleOptions(MethodOptions):
@@ -36,8 +39,10 @@ class ScheduledMask(Mask):
 
     def __init__(self, context: MaskContext, options: ScheduleOptions):
         super().__init__(context, options)
-        self.options = options
+        search = context.phases.search
         self.refresh = options.refresh
+        self.ramp_steps = max(1.0, options.ramp_share * search)  # until the budget is reached
+        self.fade_steps = max(1.0, options.fade_share * search)  # until a gate has closed
         self._gates = {site.name: torch.ones(site.size) for site in self.sites}
         self._target = {site.name: torch.ones(site.size) for site in self.sites}
 
@@ -49,12 +54,8 @@ class ScheduledMask(Mask):
         start = self.context.phases.warmup_end
         if step < start:
             return 0.0
-        progress = min(1.0, (step + 1 - start) / self._ramp())
+        progress = min(1.0, (step + 1 - start) / self.ramp_steps)
         return 1.0 - (1.0 - progress) ** 3
-
-    def _ramp(self) -> float:
-        """Search steps until the budget is reached."""
-        return max(1.0, self.options.ramp_share * self.context.phases.search)
 
     def gates(self, step: int) -> dict[str, Tensor]:
         return dict(self._gates)
@@ -68,7 +69,7 @@ class ScheduledMask(Mask):
             return {}
         changed = 0.0
         # However rarely it decides, it does so when the ramp ends: the gates must get to the budget.
-        if searched % self.refresh == 0 or searched == math.ceil(self._ramp()):
+        if searched % self.refresh == 0 or searched == math.ceil(self.ramp_steps):
             changed = self._aim(self.way(step))
         self._move()
         return {"units_retargeted": changed}
@@ -98,7 +99,7 @@ class ScheduledMask(Mask):
         return self.context.planner.plan(self.scores(), way=way, aligned=way == 1.0).kept
 
     def _move(self) -> None:
-        step = 1.0 / max(1.0, self.options.fade_share * self.context.phases.search)
+        step = 1.0 / self.fade_steps
         for name, gate in self._gates.items():
             distance = self._target[name] - gate
             self._gates[name] = gate + distance.clamp(-step, step)
@@ -110,3 +111,42 @@ class ScheduledMask(Mask):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._gates = {name: state[f"gate.{name}"].clone() for name in self._gates}
         self._target = {name: state[f"target.{name}"].clone() for name in self._target}
+
+
+class LastingMask(ScheduledMask):
+    """Base of the masks whose closed units stay closed.
+
+    The final shape is chosen at the first decision and every width falls steadily to its own: were the shape chosen
+    anew, a group that leaves would make room for channels that had left before.
+    """
+
+    def __init__(self, context: MaskContext, options: ScheduleOptions):
+        super().__init__(context, options)
+        self._final = full_shape(context.planner.arch)
+
+    @abstractmethod
+    def importance(self) -> dict[str, Tensor]:
+        """site -> (U,) scores as if all units were open."""
+
+    def scores(self) -> dict[str, Tensor]:
+        # What a closed unit's gradients say is not about the unit any more.
+        return {name: score * self._target[name] for name, score in self.importance().items()}
+
+    def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
+        planner = self.context.planner
+        full = full_shape(planner.arch)
+        if self._final == full:
+            self._final = plan_shape(planner.arch, planner.plan(self.scores()))
+        widths = (now - math.floor(way * (now - last)) for now, last in zip(astuple(full), astuple(self._final)))
+        return planner.plan(self.scores(), shape=Shape(*widths)).kept
+
+    def plan(self, origin: Mapping[str, Any]) -> Plan:
+        shape = None if self._final == full_shape(self.context.planner.arch) else self._final
+        return self.context.planner.plan(self.scores(), shape=shape, origin=origin)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), "final": torch.tensor(astuple(self._final))}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._final = Shape(*state["final"].tolist())

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from prunetune.core.streams import stream
-from prunetune.methods.masks import MASKS, Mask, MaskContext, finite, unit_params
+from prunetune.methods.masks import MASKS, Mask, MaskContext, finite, gated_budget, unit_params
+from prunetune.methods.masks._start import Beginning
 from prunetune.methods.options import MethodOptions
-from prunetune.model.budget import decoder_params, full_shape, plan_shape
 from prunetune.model.gates import GateStatistics
 
 # Stretch limits and temperature of Louizos et al. (arXiv 1712.01312).
@@ -69,25 +69,15 @@ class HardConcreteMask(Mask):
         super().__init__(context, options)
         self.options = options
         # Until equal logits have spread, gates are sampled half open all over the model and its loss is that of noise.
-        equal = options.start == "equal" or context.phases.warmup == 0
-        self.least_search = 300 if equal else 0
-        self._seen = {site.name: torch.zeros(site.size) for site in self.sites}
-        self._started = torch.tensor(equal)
+        self._beginning = Beginning(context, options.start == "saliency")
+        self.least_search = 300 if self._beginning.over else 0
         self._logits = {site.name: torch.full((site.size,), options.init).requires_grad_() for site in self.sites}
         self._multipliers = torch.zeros(2, requires_grad=True)
         self._adam = torch.optim.Adam(list(self._logits.values()), lr=options.learning_rate, betas=(0.9, 0.99))
         costs = unit_params(context.planner)
         self._costs = {site.name: costs[site.kind] for site in self.sites}
         self._first_kept = float(self.expected_kept().detach())
-        self._final_kept = self._budget_of_gated()
-
-    def _budget_of_gated(self) -> float:
-        """The fraction of the gated parameters that the largest shape inside the budget keeps."""
-        arch, candidates = self.context.planner.arch, self.context.planner.candidates
-        full = decoder_params(arch, full_shape(arch))
-        largest = max(decoder_params(arch, shape) for shape in candidates)
-        gated = sum(cost * self._logits[name].numel() for name, cost in self._costs.items())
-        return max(0.0, 1.0 - (full - largest) / gated)
+        self._final_kept = gated_budget(context.planner)
 
     def parameters(self) -> Iterable[Tensor]:
         return [*self._logits.values(), self._multipliers]
@@ -135,10 +125,8 @@ class HardConcreteMask(Mask):
 
     def after_backward(self, step: int, statistics: GateStatistics) -> dict[str, float]:
         searching = step >= self.context.phases.warmup_end
-        if finite(statistics) and not self._started:
-            self._seen = {name: seen + statistics.square[name].cpu() for name, seen in self._seen.items()}
-            if step + 1 >= self.context.phases.warmup_end:
-                self._start()
+        if finite(statistics):
+            self._start(self._beginning.observe(step, statistics))
         if not searching or not finite(statistics):
             return {"mask_expected_kept": float(self.expected_kept().detach())}
         self._adam.zero_grad()
@@ -153,22 +141,12 @@ class HardConcreteMask(Mask):
         return {"mask_expected_kept": float(self.expected_kept().detach()), "mask_multiplier": multiplier}
 
     @torch.no_grad()
-    def _start(self) -> None:
+    def _start(self, above: Mapping[str, Tensor] | None) -> None:
         """Spreads the logits by what the warm-up saw, and lifts them until as much is open as with equal ones."""
-        arch, planner = self.context.planner.arch, self.context.planner
-        shape = plan_shape(arch, planner.plan(self._seen))
-        widths = {
-            "mlp_channels": shape.mlp_channels,
-            "kv_groups": shape.kv_groups,
-            "query_heads": shape.queries_per_group * arch.kv_groups,
-            "layers": shape.layers,
-        }
-        for site in self.sites:
-            above = _log_over_boundary(self._seen[site.name].double(), widths[site.kind])
-            logit = (self.options.contrast * above).clamp(-FARTHEST, FARTHEST)
-            self._logits[site.name].copy_(logit)
-        self._hold(self._first_kept)
-        self._started.fill_(True)
+        if above is not None:
+            for name, logit in self._logits.items():
+                logit.copy_((self.options.contrast * above[name]).clamp(-FARTHEST, FARTHEST))
+            self._hold(self._first_kept)
 
     def _ascend(self, step: int) -> float:
         """One step down for the logits and up for the multipliers; returns the first multiplier."""
@@ -207,30 +185,16 @@ class HardConcreteMask(Mask):
         for name, logit in self._logits.items():
             for key, value in self._adam.state[logit].items():
                 state[f"adam.{key}.{name}"] = value.clone()
-        state |= {f"seen.{name}": seen.clone() for name, seen in self._seen.items()}
-        return {**state, "multipliers": self._multipliers.detach().clone(), "started": self._started.clone()}
+        return {**state, **self._beginning.state_dict(), "multipliers": self._multipliers.detach().clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             self._multipliers.copy_(state["multipliers"])
-            self._started.copy_(state["started"])
-            self._seen = {name: state[f"seen.{name}"].clone() for name in self._seen}
+            self._beginning.load_state_dict(state)
             for name, logit in self._logits.items():
                 logit.copy_(state[f"logit.{name}"])
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in state]
                 self._adam.state[logit] = {key: state[f"adam.{key}.{name}"].clone() for key in keys}
-
-
-def _log_over_boundary(scores_U: Tensor, width: int) -> Tensor:
-    """(U,) log of each score over that between the best ``width`` and the others; 0 where nothing is known."""
-    mean = float(scores_U.mean())
-    if mean == 0.0:
-        return torch.zeros_like(scores_U)
-    log_U = scores_U.clamp(min=1e-6 * mean).log()
-    ranked = log_U.sort(descending=True).values
-    # Where all stay, the boundary is below the last: at half its score.
-    below = ranked[width] if width < len(ranked) else ranked[-1] - 2 * math.log(2)
-    return log_U - (ranked[width - 1] + below) / 2
 
 
 def _stretch(s: Tensor) -> Tensor:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.methods.masks import MASKS, MaskContext
-from prunetune.methods.masks._scheduled import ScheduledMask, ScheduleOptions
+from prunetune.methods.masks import MASKS, MaskContext, weighed
+from prunetune.methods.masks._scheduled import LastingMask, ScheduleOptions
 from prunetune.model.adapters import AdaptedLinear
-from prunetune.model.budget import Shape, full_shape, plan_shape
 from prunetune.model.gates import GateStatistics
-from prunetune.model.plan import Plan
 
 
 class LoraGradientOptions(ScheduleOptions):
@@ -29,7 +24,7 @@ class LoraGradientOptions(ScheduleOptions):
 
 
 @MASKS.register("lora_gradient")
-class LoraGradientMask(ScheduledMask):
+class LoraGradientMask(LastingMask):
     """LoRAPrune: |weight x gradient| with the gradient estimated from the adapters; closed units stay closed.
 
     With gA, gB the gradients of the factors after clipping, dW = gB A + B gA - gB gA stands in for the weight's
@@ -51,59 +46,39 @@ class LoraGradientMask(ScheduledMask):
 
     def __init__(self, context: MaskContext, options: LoraGradientOptions):
         super().__init__(context, options)
-        self.options: LoraGradientOptions = options
+        self._decay = options.decay
         self.refresh = min(options.refresh, max(1, context.phases.search // 10))
         self._mean = {site.name: torch.zeros(site.size) for site in self.sites}
         self._mass = {site.name: torch.zeros(()) for site in self.sites}
-        self._final = full_shape(context.planner.arch)
-
-    def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
-        # Every width falls at its own steady rate: were the shape chosen anew, a group that leaves would make room for
-        # channels that had left before.
-        full = full_shape(self.context.planner.arch)
-        if self._final == full:
-            self._final = plan_shape(self.context.planner.arch, self.context.planner.plan(self.scores()))
-        widths = (now - math.floor(way * (now - last)) for now, last in zip(astuple(full), astuple(self._final)))
-        return self.context.planner.plan(self.scores(), shape=Shape(*widths)).kept
-
-    def plan(self, origin: Mapping[str, Any]) -> Plan:
-        shape = None if self._final == full_shape(self.context.planner.arch) else self._final
-        return self.context.planner.plan(self.scores(), shape=shape, origin=origin)
 
     def observe(self, step: int, statistics: GateStatistics) -> None:
         assert self.context.adapters is not None
-        by_module = importance(self.context.adapters.linears)
+        by_module = importance_by_module(self.context.adapters.linears)
         fresh = normalised(by_module)
         # A single entry that is not finite spoils its whole module: such a step says nothing.
         if not all(bool(torch.isfinite(found).all()) for found in fresh.values()):
             return
-        decay = self.options.decay
+        decay = self._decay
         for name, mean in self._mean.items():
             mass = sum((sums.sum() for (site, _), sums in by_module.items() if site == name), torch.zeros(()))
             self._mean[name] = decay * mean + (1 - decay) * fresh[name]
             self._mass[name] = decay * self._mass[name] + (1 - decay) * mass
 
-    def scores(self) -> dict[str, Tensor]:
-        # Gradients do not pass a closed gate, so that a closed unit's importance would be noise of the estimate.
-        return {
-            name: mean / mean.sum().clamp(min=1e-30) * self._mass[name] * self._target[name]
-            for name, mean in self._mean.items()
-        }
+    def importance(self) -> dict[str, Tensor]:
+        return weighed(self._mean, self._mass)
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {**super().state_dict(), "final": torch.tensor(astuple(self._final))}
-        state |= {f"mass.{name}": mass for name, mass in self._mass.items()}
+        state = {**super().state_dict(), **{f"mass.{name}": mass for name, mass in self._mass.items()}}
         return {**state, **{f"mean.{name}": mean for name, mean in self._mean.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self._final = Shape(*state["final"].tolist())
         self._mass = {name: state[f"mass.{name}"].clone() for name in self._mass}
         self._mean = {name: state[f"mean.{name}"].clone() for name in self._mean}
 
 
 @torch.no_grad()
-def importance(linears: Iterable[AdaptedLinear]) -> dict[tuple[str, str], Tensor]:
+def importance_by_module(linears: Iterable[AdaptedLinear]) -> dict[tuple[str, str], Tensor]:
     """(site, module) -> (U,) float32 sums of |dW * (W + s B A)| over what each unit owns there.
 
     Args:
@@ -122,10 +97,10 @@ def importance(linears: Iterable[AdaptedLinear]) -> dict[tuple[str, str], Tensor
     return found
 
 
-def normalised(importance: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+def normalised(by_module: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
     """site -> (U,): importances of norm 1 in each module, modules added."""
     added: dict[str, Tensor] = {}
-    for (site, _), sums_U in importance.items():
+    for (site, _), sums_U in by_module.items():
         normed_U = sums_U / (torch.linalg.vector_norm(sums_U) + 1e-8)
         added[site] = added[site] + normed_U if site in added else normed_U
     return added

@@ -1,0 +1,163 @@
+"""Masks with free numbers (polarized, maskprune, light_peft): their steps against the formulas, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunetune.config.presets import PhaseSteps
+from prunetune.methods.masks import build_mask, gated_budget
+from prunetune.methods.masks._free import unit_gradients
+from prunetune.model.budget import plan_shape
+from prunetune.model.gates import GateStatistics
+from tests.contracts.masks import context
+
+PHASES = PhaseSteps(2, 42, 60)
+UNITS = ("mlp_channels", "kv_groups")
+NAME = "layers.0.mlp_channels"
+
+
+def make(name, units=UNITS, phases=PHASES, **options):
+    return build_mask(name, {"start": "equal", **options}, context(units, phases, kept="60%"))
+
+
+def drawn(mask, seed, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    grad = {site.name: size * torch.randn(site.size, generator=generator) for site in mask.sites}
+    return GateStatistics(grad, {name: value.square() for name, value in grad.items()})
+
+
+def free(mask):
+    return {key.removeprefix("free."): value for key, value in mask.state_dict().items() if key.startswith("free.")}
+
+
+def test_gradients_count_per_parameter_and_by_their_size_over_all_units():
+    found = unit_gradients(
+        GateStatistics({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])}, {}), {"a": 1, "b": 4}
+    )
+    expected = torch.tensor([3.0, 4.0, 3.0]) / (34 / 3) ** 0.5
+    torch.testing.assert_close(torch.cat(list(found.values())), expected)
+
+
+def test_a_polarized_step_is_gradient_push_and_one_price_for_the_budget():
+    mask = make("polarized", ("mlp_channels",), strength=0.5, learning_rate=0.1)
+    state = mask.state_dict()
+    for name in free(mask):
+        state[f"free.{name}"] = torch.linspace(0.2, 1.0, 64)
+    mask.load_state_dict(state)
+    given = drawn(mask, 0)
+    price = mask.after_backward(20, given)["mask_price"]
+    grads = torch.stack(list(given.grad.values()))
+    start = torch.linspace(0.2, 1.0, 64).expand(3, 64)
+    target = 1 - (1 - gated_budget(mask.context.planner)) * 19 / 32
+    ranked, above = start.flatten().sort(descending=True).values, int(target * 192)
+    pivot = (ranked[above - 1] + ranked[above]) / 2
+    moved = start - 0.1 * (grads / grads.square().mean().sqrt() - 0.5 * torch.sign(start - pivot))
+    found = torch.stack(list(free(mask).values()))
+    torch.testing.assert_close(found, (moved - price).clamp(-1, 2), rtol=1e-4, atol=1e-5)
+    assert float(torch.cat(list(mask.gates(21).values())).mean()) == pytest.approx(target, abs=1e-4)
+
+
+def test_polarized_gates_end_apart_at_the_budget():
+    mask = make("polarized", strength=3.0)
+    for step in range(PHASES.freeze):
+        found = mask.after_backward(step, drawn(mask, step))
+    assert found["mask_half_open"] < 0.15
+    gates = mask.gates(PHASES.freeze)
+    costs = {"mlp_channels": 3 * 48, "kv_groups": 2 * 8 * 48 * 3}
+    open_, all_ = (
+        sum(costs[n.rpartition(".")[2]] * float(f(g)) for n, g in gates.items()) for f in (torch.sum, torch.numel)
+    )
+    assert open_ / all_ == pytest.approx(gated_budget(mask.context.planner), abs=1e-3)
+
+
+def test_without_the_push_gates_stay_half_open():
+    mask = make("polarized", strength=0.0)
+    for step in range(PHASES.freeze):
+        found = mask.after_backward(step, drawn(mask, step, 1e-3))
+    assert found["mask_half_open"] > 0.2
+
+
+def test_a_maskprune_step_is_gradient_then_proximal_then_ascent():
+    mask = make("maskprune", ("mlp_channels",), PhaseSteps(0, 1, 2), pressure=2.0, learning_rate=0.1, ascent=0.5)
+    given = drawn(mask, 0)
+    mask.after_backward(0, given)
+    grads = torch.stack(list(given.grad.values()))
+    moved = (1 - 0.1 * grads / grads.square().mean().sqrt()).clamp(0, 1)
+    [shape] = mask.context.planner.candidates
+    factor = 1 / (1 + 2 * 0.1 * 2.0)
+    for row, (name, found) in zip(moved, free(mask).items()):
+        inside = torch.zeros(64, dtype=torch.bool)
+        inside[row.argsort(descending=True, stable=True)[: shape.mlp_channels]] = True
+        torch.testing.assert_close(found, torch.where(inside, 1 - (1 - row) * factor, row * factor))
+        excess = row[~inside].square().sum() / 64
+        assert float(mask.state_dict()[f"pressure.{name}"]) == pytest.approx(float(2.0 + 0.5 * excess), rel=1e-5)
+
+
+def test_maskprune_ends_at_one_width_for_all_layers():
+    mask = make("maskprune")
+    for step in range(PHASES.freeze):
+        mask.after_backward(step, drawn(mask, step % 3))
+    plan = mask.plan({})
+    shape = plan_shape(mask.context.planner.arch, plan)
+    gates = mask.gates(PHASES.freeze)[NAME]
+    kept = list(plan.kept[NAME])
+    assert len(kept) == shape.mlp_channels
+    others = [channel for channel in range(64) if channel not in kept]
+    assert float(gates[kept].min()) > 0.8 > 0.3 > float(gates[others].max())
+
+
+def test_a_light_peft_step_is_adam_on_the_loss_and_the_l1():
+    mask = make("light_peft", l1=0.3, learning_rate=0.02, checks=100)
+    reference = {site.name: torch.ones(site.size, requires_grad=True) for site in mask.sites}
+    adam = torch.optim.Adam(list(reference.values()), lr=0.02, eps=1e-12)
+    for step in range(2, 6):
+        given = drawn(mask, step)
+        for name, value in reference.items():
+            value.grad = given.grad[name] + 0.3 * torch.sign(value.detach())
+        adam.step()
+        mask.after_backward(step, given)
+    for name, value in reference.items():
+        torch.testing.assert_close(free(mask)[name], value.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_light_peft_decides_once_settled_and_then_fades():
+    mask = make("light_peft", ("mlp_channels",), PhaseSteps(2, 102, 120))
+    given = drawn(mask, 0)
+    history = []
+    for step in range(40):
+        history.append(torch.cat(list(mask.gates(step).values())))
+        mask.after_backward(step, given)  # always the same: the masks' order stands from the first step on
+        decided = mask.plan({}).origin["settled"]
+        assert decided == (step >= 2 + 1 + 4), "five settled checks after the first look"
+    gates = torch.stack(history)
+    assert 0 < float((gates[9] - gates[12]).max()) < 0.2, "it fades"
+    plan = mask.plan({})
+    closed = torch.ones(64)
+    closed[list(plan.kept[NAME])] = 0.0
+    assert torch.equal(mask.gates(40)[NAME], 1 - closed)
+    before = mask.state_dict()["free." + NAME].clone()
+    mask.after_backward(40, drawn(mask, 9))
+    assert torch.equal(mask.state_dict()["free." + NAME], before), "what is decided is decided"
+
+
+def test_light_peft_that_never_settles_decides_at_the_latest_share():
+    mask = make("light_peft", distance=1e-9, latest=0.5)
+    for step in range(PHASES.freeze):
+        mask.after_backward(step, drawn(mask, step))
+        assert mask.plan({}).origin["settled"] == (step >= 2 + 20 - 1)
+
+
+@pytest.mark.parametrize("name", ["polarized", "maskprune", "light_peft"])
+def test_numbers_start_apart_by_what_the_warm_up_saw(name):
+    """Around 1 by a tenth of the log of the unit's score over the boundary's, limited to a tenth."""
+    mask = make(name, ("mlp_channels",), start="saliency")
+    squares = {site.name: torch.linspace(0.01, 10.0, 64) for site in mask.sites}
+    for step in range(2):
+        mask.after_backward(step, GateStatistics({key: torch.zeros(64) for key in squares}, squares))
+    [shape] = mask.context.planner.candidates
+    score = squares[NAME].double()
+    boundary = (score[64 - shape.mlp_channels] * score[63 - shape.mlp_channels]).sqrt()
+    expected = 1 + 0.1 * (score / boundary).log().clamp(-1, 1)
+    torch.testing.assert_close(free(mask)[NAME].double(), expected, rtol=1e-5, atol=1e-5)
+    assert all((value == 1).all() for value in free(make(name)).values())
