@@ -51,12 +51,11 @@ def main() -> None:
         return
     if not base.exists():
         write_model(base, options.gigabytes)
-    found = [run(options, score, compensation) for score, compensation in pairs(options)]
     reader, arch = ShardReader(base), describe(json.loads((base / "config.json").read_text()))
     layer = 4 * layer_decoder_params(arch, full_shape(arch))
     statistics = 4 * (arch.mlp_channels**2 + (arch.query_heads * arch.head_dim) ** 2)
     hidden = 4 * options.tokens * arch.hidden_size
-    result = {
+    result: dict[str, Any] = {
         "base_bytes": reader.size_bytes(),
         "layers": arch.layers,
         "layer_bytes": layer,
@@ -65,10 +64,12 @@ def main() -> None:
         "shard_bytes": options.shard_bytes,
         "allowed_bytes": layer + statistics + hidden + options.shard_bytes,
         "tokens": options.tokens,
-        "runs": found,
+        "runs": [],
     }
+    for score, compensation in pairs(options):
+        result["runs"].append(run(options, score, compensation))
+        write_json(options.out, result)
     print(json.dumps(result, indent=2))
-    write_json(options.out, result)
 
 
 def parse() -> argparse.Namespace:
