@@ -68,3 +68,13 @@ def test_sites_without_adapters_are_refused(tmp_path: Path, mask: str) -> None:
     some = lora(target_modules=["q_proj", "v_proj"])
     with pytest.raises(ConfigError, match=r"layers.0.mlp_channels has none; set lora.targets: all-linear"):
         joint_trainer(tmp_path / "run", prune=prune_config(mask), peft_config=some, model=tiny_model())
+
+
+@pytest.mark.parametrize("mask", READERS)
+def test_with_nothing_to_remove_reading_adapters_changes_no_bit(tmp_path: Path, mask: str) -> None:
+    plain = joint_trainer(tmp_path / "plain", prune=None)
+    plain.train()
+    joint = joint_trainer(tmp_path / "joint", prune=prune_config(mask, kept="100%"))
+    joint.train()
+    assert joint.plan is not None
+    require_same(weights(joint), weights(plain))
