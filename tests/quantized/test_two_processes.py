@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.distributed import test_two_processes as two_processes
 from tests.distributed.test_two_processes import launch, saved
 from tests.quantized.quantized_runs import quantized_folder
 from tests.train.joint_runs import require_same
@@ -15,12 +18,20 @@ pytestmark = pytest.mark.slow  # starting two processes of torch takes longer th
 SCRIPT = "tests.quantized.two_processes_script"
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_base_under_ddp(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("engine", "kind"), [("ddp", "nf4"), ("ddp", "int8"), ("zero2", "nf4")])
+def test_quantised_base_in_two_processes(
+    tmp_path: Path, engine: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "zero2":
+        pytest.importorskip("deepspeed")
+        monkeypatch.setattr(two_processes, "DDP", two_processes.DDP.with_name("zero2.yaml"))
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # ninja
     base = str(quantized_folder(tmp_path / "base"))
     first, second = launch(2, tmp_path / "two", SCRIPT, base=base, kind=kind, rows=2)
     [alone] = launch(1, tmp_path / "one", SCRIPT, base=base, kind=kind, rows=4)
-    assert first["engine"] == "MULTI_CPU", "what accelerate calls a MULTI_GPU launch on CPUs"
+    # MULTI_CPU is what accelerate calls a MULTI_GPU launch on CPUs.
+    assert first["engine"] == {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}[engine]
     assert first["processes"] == second["processes"] == 2
     assert first["plan"] == second["plan"] == alone["plan"] is not None
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
