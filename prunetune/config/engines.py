@@ -72,6 +72,13 @@ class Feature:
     refused: Mapping[str, str] = field(default_factory=dict)
     instead: str = "launch with ddp"
 
+    def reasons(self) -> dict[str, list[str]]:
+        """Why it is refused -> the engines of which that is true."""
+        found: dict[str, list[str]] = {}
+        for engine, why in self.refused.items():
+            found.setdefault(why.format(engine="it"), []).append(engine)
+        return found
+
 
 FEATURES: dict[str, Feature] = {
     "masks, freeze, live slicing": Feature("target, mask, phases"),
@@ -84,7 +91,7 @@ FEATURES: dict[str, Feature] = {
         "train.sft.fp16",
         {
             engine: "{engine} scales the loss by itself, and the gates' gradients with it"
-            for engine in ("zero2", "zero3")
+            for engine in ("zero2", "zero3", "fsdp2")
         },
         "set train.bf16: true",
     ),
@@ -150,3 +157,20 @@ def launch_settings(name: str, processes: int, *, cpu: bool) -> dict[str, Any]:
         "same_network": True,
         "use_cpu": cpu,
     }
+
+
+def markdown() -> str:
+    """The table as a page: configs/accelerate/README.md."""
+    lines = ["| feature | set by | " + " | ".join(ENGINES) + " |", "|---|---|" + "---|" * len(ENGINES)]
+    for name, feature in FEATURES.items():
+        cells = ("refused" if engine in feature.refused else "yes" for engine in ENGINES)
+        lines.append(f"| {name} | `{feature.setting}` | " + " | ".join(cells) + " |")
+    lines += ["", "| engine | every process holds | needs |", "|---|---|---|"]
+    for name, engine in ENGINES.items():
+        needs = f"`pip install 'prunetune[{engine.package}]'`" if engine.package else "" if engine.on_cpu else "GPUs"
+        lines.append(f"| {name} | {engine.summary} | {needs} |")
+    lines += ["", "Refused, and why:", ""]
+    for name, feature in FEATURES.items():
+        for reason, engines in feature.reasons().items():
+            lines.append(f"* {name} under {', '.join(engines)}: {reason}; {feature.instead}.")
+    return "\n".join(lines) + "\n"

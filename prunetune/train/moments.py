@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class Moments:
                     key, _, name = label.partition(_BETWEEN)
                     tensors.setdefault(name, {})[key] = file.get_tensor(label)
             return Moments(tensors, json.loads(facts["groups"]), json.loads(facts["scheduler"]))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DataError(f"{path} is damaged ({error}); resume from an earlier checkpoint") from error
 
     def sliced(self, surgery: Surgery) -> Moments:

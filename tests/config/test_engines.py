@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prunetune.config.engines import ENGINES, FEATURES, launch_settings, refusal
+from prunetune.config.engines import ENGINES, FEATURES, launch_settings, markdown, refusal
 
 ROOT = Path(__file__).parents[2]
 LAUNCHES = {path.stem: path for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
@@ -54,3 +54,8 @@ def test_what_is_refused_names_the_engine_and_a_way_out(feature: str) -> None:
 def test_fsdp_is_not_offered_on_a_cpu() -> None:
     """accelerate turns it into DDP there."""
     assert [name for name, engine in ENGINES.items() if not engine.on_cpu] == ["fsdp2"]
+
+
+def test_the_page_beside_the_launch_files_is_the_table() -> None:
+    page = (ROOT / "configs" / "accelerate" / "README.md").read_text()
+    assert page.endswith(markdown())

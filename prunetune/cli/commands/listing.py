@@ -94,14 +94,12 @@ def _engines() -> list[Table]:
     table = _table("Engines: --launch", "name", "every process holds", "needs", "on a CPU")
     for name, held in ENGINES.items():
         table.add_row(name, held.summary, held.package or "", "yes" if held.on_cpu else "")
-    combined = _table("What works under which", "feature", "set by", *ENGINES)
-    refused = _table("What is refused, and why", "feature", "engine", "reason")
-    for feature, facts in FEATURES.items():
-        reasons = {engine: refusal(engine, feature) for engine in ENGINES}
-        combined.add_row(feature, facts.setting, *("" if reason else "yes" for reason in reasons.values()))
-        for engine, reason in reasons.items():
-            if reason:
-                refused.add_row(feature, engine, reason)
+    combined = _table("What works under which", "feature", *ENGINES)
+    refused = _table("What is refused, and why", "feature", "reason")
+    for name, feature in FEATURES.items():
+        combined.add_row(name, *("" if refusal(engine, name) else "yes" for engine in ENGINES))
+        for reason, engines in feature.reasons().items():
+            refused.add_row(name, f"{', '.join(engines)}: {reason}; {feature.instead}")
     return [table, combined, refused]
 
 
