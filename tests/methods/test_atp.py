@@ -152,3 +152,15 @@ def test_adapters_of_closed_units_shrink_and_of_open_ones_do_not():
 def test_another_seed_is_another_network():
     first, second = (make(seed=seed).scores()["layers.0.mlp_channels"] for seed in (0, 1))
     assert not torch.equal(first, second)
+
+
+def test_a_short_search_learns_faster_unless_a_rate_is_set():
+    def rate(mask):
+        return mask._adam.param_groups[0]["lr"]
+
+    assert rate(make(phases=PhaseSteps(0, 1000, 2000))) == 1e-3
+    short = make(phases=PhaseSteps(10, 40, 80))
+    assert rate(short) == pytest.approx(5e-3)
+    assert short.least_search == 30, "no warning: the search is long enough for this rate"
+    published = make(phases=PhaseSteps(10, 40, 80), learning_rate=1e-3)
+    assert published.least_search == 150

@@ -28,6 +28,8 @@ from prunetune.model.units import LAYERS_SITE
 
 # With logit a + offset, P(keep) = 1 - exp(-exp(a + offset)): above this the gate is more likely open than closed.
 MEDIAN = math.log(math.log(2))
+# Steps times learning rate that the network needs to close as many gates as a budget asks for.
+PATH = 0.15
 # Beyond these exponents nothing changes any more, and float32 ends.
 LOWEST, HIGHEST = -60.0, 40.0
 
@@ -36,7 +38,9 @@ class AtpOptions(MethodOptions):
     """Options of the atp mask; defaults are the first version's, in brackets the second's."""
 
     size: Literal["small", "large"] = Field("small", description="the network: the paper's, or its second version's")
-    learning_rate: float = Field(1e-3, gt=0, description="of the network (Adam) [5e-5]; short searches need more")
+    learning_rate: float = Field(
+        0.0, ge=0, description="of the network (Adam); 0: 1e-3 as published [5e-5], more where the search is too short"
+    )
     temperature: float = Field(0.4, gt=0, description="of the relaxed gates [0.2]")
     offset: float = Field(3.0, description="added to all logits, so that every gate starts open")
     ratio_weight: float = Field(5.0, ge=0, description="weight of the log-ratio between kept and wanted parameters")
@@ -73,8 +77,9 @@ class AtpMask(Mask):
     def __init__(self, context: MaskContext, options: AtpOptions):
         super().__init__(context, options)
         self.options = options
-        # The network needs as many steps to bring its logits from open to the budget: 150 at the published rate.
-        self.least_search = math.ceil(0.15 / options.learning_rate)
+        # It takes some 150 steps at the published rate to bring the logits from open to the budget.
+        rate = options.learning_rate or max(1e-3, PATH / context.phases.search)
+        self.least_search = math.ceil(PATH / rate)
         arch, planner = context.planner.arch, context.planner
         widths = {site.kind: 1 if site.kind == LAYERS_SITE else site.size for site in self.sites}
         ends = torch.tensor(list(widths.values())).cumsum(0).tolist()
@@ -83,7 +88,7 @@ class AtpMask(Mask):
             torch.manual_seed(int(stream(context.seed, "mask.atp", "network").integers(2**31)))
             network = SmallGenerator if options.size == "small" else LargeGenerator
             self._network = network(arch.layers, ends[-1])
-        self._adam = torch.optim.Adam(self._network.parameters(), lr=options.learning_rate)
+        self._adam = torch.optim.Adam(self._network.parameters(), lr=rate)
         self._ran_on: dict[str, Tensor] = {}
         self._wanted, self._costs = budget_fraction(planner), unit_params(planner)
 
