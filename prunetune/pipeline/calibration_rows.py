@@ -17,6 +17,7 @@ from prunetune.model.token_rows import TokenRow, token_rows
 
 # At most this part of the rows is kept apart.
 JUDGED_SHARE = 0.2
+LEAST_ROWS = 4096
 
 
 class CalibrationRows:
@@ -44,7 +45,10 @@ class CalibrationRows:
         seed: int,
     ):
         self._seed, self._tokens = seed, tokens
-        found = token_rows(tokenizer, _examples(source, tokenizer), max_length)
+        examples = _examples(source, tokenizer)
+        # Of a large file only so many rows are tokenised, chosen by lot; a row has more than a few tokens.
+        some = stream(seed, "calibration rows").permutation(len(examples))[: max(LEAST_ROWS, tokens // 8)]
+        found = token_rows(tokenizer, [examples[int(i)] for i in np.sort(some)], max_length)
         order = stream(seed, "calibration").permutation(len(found))
         most = int(JUDGED_SHARE * len(found)) or min(1, len(found) - 1)
         self.judged = [found[int(i)] for i in order[::-1][: _enough(found, order[::-1], judge_tokens, most)]]
@@ -73,7 +77,10 @@ class CalibrationRows:
 
 
 def _digest(rows: Sequence[TokenRow]) -> str:
-    return hashlib.sha256(repr([(row.input_ids, row.labels) for row in rows]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.input_ids, row.labels)).encode())
+    return digest.hexdigest()[:16]
 
 
 def _enough(rows: Sequence[TokenRow], order: Sequence[int] | np.ndarray, tokens: int, most: int) -> int:
