@@ -94,7 +94,7 @@ def describe(config: Any) -> Architecture:
 
 def _width(raw: dict[str, Any], model_type: str, key: str) -> int:
     value = raw.get(key)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise UnsupportedModelError(
             f"{model_type}: config.json has {key} = {value!r}; one whole number is needed "
             "(a width per layer is not supported as a starting point)"
@@ -104,7 +104,9 @@ def _width(raw: dict[str, Any], model_type: str, key: str) -> int:
 
 def _or_default(raw: dict[str, Any], family: Family, key: str, derived: int) -> int:
     # A key that is left out means the class's default; null means the value derived from the others.
-    return int(raw[key] or derived) if key in raw else family.defaults.get(key, derived)
+    if key not in raw:
+        return family.defaults.get(key, derived)
+    return derived if raw[key] is None or raw[key] == 0 else _width(raw, str(raw.get("model_type", "")), key)
 
 
 def _flag(raw: dict[str, Any], rule: str | bool) -> bool:

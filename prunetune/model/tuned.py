@@ -239,7 +239,8 @@ def _adapter_config(path: Path) -> dict[str, Any]:
         config = read_json(path)
         if not isinstance(config, dict):
             raise ValueError("it holds no mapping")
-        numbers = [config.get("lora_alpha", 0), *(config.get("alpha_pattern") or {}).values()]
+        alpha = config.get("lora_alpha") if config.get("peft_type") == "LORA" else 0
+        numbers = [alpha, *(config.get("alpha_pattern") or {}).values()]
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise ValueError("an alpha is no number")
         for pattern in config.get("alpha_pattern") or {}:
