@@ -56,8 +56,8 @@ def combine(blocks: Sequence[Tensor], weights: Sequence[float], *, consensus: bo
     if not consensus:
         total = weighted.sum(0)
         return total / _or_one(torch.tensor(float(sum(weights)))) if normalise else total
-    elected = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    agrees = weighted.sign() == elected
+    positive = weighted.sum(0) >= 0
+    agrees = torch.where(positive, weighted > 0, weighted < 0)
     total = (weighted * agrees).sum(0)
     if not normalise:
         return total

@@ -33,6 +33,8 @@ from prunetune.model.surgery import Surgery
 from prunetune.model.tuned import EMBEDDING, HEAD, BaseSlices
 
 MERGE_FILE = "prunetune_merge.json"
+# What an entry of a block takes while it is merged: the sum, and for each model its delta, 64-bit words and a mask.
+_SUM_BYTES, _DELTA_BYTES = 16, 32
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".pt", ".pth")
 
 
@@ -233,7 +235,7 @@ class StreamMerge:
         weights = [source.weight_of(name) for source, _ in self._deltas[name]]
         base = self.slices.rows(name)
         m, n = pruned[0].shape
-        step = max(1, self.settings.block_bytes // (4 * n * (2 + 2 * len(pruned))))
+        step = max(1, self.settings.block_bytes // (n * (_SUM_BYTES + _DELTA_BYTES * len(pruned))))
         merged: Tensor | None = None
         for start in range(0, m, step):
             stop = min(start + step, m)

@@ -134,12 +134,21 @@ def words_of(place: Place, seed: int, model: str, purpose: str, start: int, stop
         place: whose rows. seed: of the masks. model: name of the adapter or model, so that masks are independent.
         purpose: what is drawn, e.g. ``dare``. start, stop: rows as they are here, in the pruned tensor if it is one.
     """
-    rows = torch.arange(start, stop) if place.rows is None else place.rows[start:stop]
-    drawn = [
-        lattice(seed, purpose, model, place.name, rows=run, columns=place.shape[1]) for run in _runs(rows.tolist())
-    ]
-    words = torch.from_numpy(np.concatenate(drawn).astype(np.int64))
+    words = torch.from_numpy(_drawn(place, (purpose, model), seed, start, stop).astype(np.int64))
     return words if place.columns is None else words[:, place.columns]
+
+
+def stays_of(place: Place, seed: int, model: str, purpose: str, start: int, stop: int, keep: float) -> Tensor:
+    """(stop - start, n) bool: ``words_of`` below ``threshold(keep)``, without the 64-bit words."""
+    stays = torch.from_numpy(_drawn(place, (purpose, model), seed, start, stop) < threshold(keep))
+    return stays if place.columns is None else stays[:, place.columns]
+
+
+def _drawn(place: Place, names: tuple[str, str], seed: int, start: int, stop: int) -> np.ndarray:
+    """(stop - start, N) uint32."""
+    rows = list(range(start, stop)) if place.rows is None else place.rows[start:stop].tolist()
+    drawn = [lattice(seed, *names, place.name, rows=run, columns=place.shape[1]) for run in _runs(rows)]
+    return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
 
 def _runs(rows: list[int]) -> list[slice]:

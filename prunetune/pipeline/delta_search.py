@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from prunetune.core.console import note
 from prunetune.core.errors import ExportError
 from prunetune.evaluate.output_change import OutputChange
 from prunetune.evaluate.perplexity import domain_perplexity
-from prunetune.methods.deltas import build_delta
+from prunetune.methods.deltas import By, build_delta
 from prunetune.model.token_rows import TokenRow
 
-By = Literal["loss", "outputs"]
 # A search goes on for so many tries that are worse than the best one.
 _PATIENCE = 2
 

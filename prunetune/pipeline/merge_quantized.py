@@ -15,16 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from prunetune.core.console import note
 from prunetune.core.errors import ConfigError, ExportError, Problem
 from prunetune.core.files import new_folder, write_json
 from prunetune.core.records import PreparedModel
-from prunetune.export.live import logits
-from prunetune.export.merge_base import describe_difference, difference_to_trained
 from prunetune.export.stream_merge import MERGE_FILE, StreamMerge
-from prunetune.export.verify import prompts_for
 from prunetune.model.quantized_base import DequantizedReader, RoundedReader, quantized_names, rounded, stored_kind
 from prunetune.model.shards import ShardReader
 from prunetune.pipeline.merge_request import Onto
@@ -91,6 +87,10 @@ def write_quantized(
     Raises:
         ExportError: they are too far apart, or ``out`` exists; nothing was written.
     """
+    from prunetune.export.merge_base import describe_difference, difference_to_trained
+    from prunetune.pipeline.quiet import quiet_libraries
+
+    quiet_libraries()
     assert base.kind is not None
     again = set(quantized_names(merge.out_config())) if base.onto == "requantized" else set()
     wanted = _logits(trained, {})
@@ -103,6 +103,8 @@ def write_quantized(
         return
     if out.exists() and not (replace and (out / MERGE_FILE).is_file()):
         raise ExportError(f"{out} exists; name another folder, or allow replacing a former merge there")
+    from transformers import AutoModelForCausalLM
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch, new_folder(out, replace=replace) as work:
         dense = Path(scratch) / "dense"
@@ -123,6 +125,8 @@ def plain_model(config: dict[str, Any], state: Mapping[str, Tensor]) -> Any:
     Args:
         config: of config.json.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     values = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
     made = AutoConfig.for_model(config["model_type"], **values)
     kind = AutoModelForCausalLM._model_mapping[type(made)]
@@ -131,6 +135,11 @@ def plain_model(config: dict[str, Any], state: Mapping[str, Tensor]) -> Any:
 
 def _logits(merge: StreamMerge, quantized: Mapping[str, str]) -> list[Tensor]:
     """Of the merged model, some of its weights rounded to codes, on fixed prompts."""
+
+    from transformers import AutoTokenizer
+
+    from prunetune.export.live import logits
+    from prunetune.export.verify import prompts_for
 
     def tensor(name: str) -> Tensor:
         found = merge.tensor(name)
@@ -145,7 +154,9 @@ def _logits(merge: StreamMerge, quantized: Mapping[str, str]) -> list[Tensor]:
     return logits(model, prompts, torch.device("cpu"))
 
 
-def _quantization(kind: str) -> BitsAndBytesConfig:
+def _quantization(kind: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True)

@@ -12,9 +12,8 @@ from prunetune.core.errors import ConfigError, Problem, suggest
 from prunetune.export.combine import HOWS
 from prunetune.export.merge_source import Special
 from prunetune.export.stream_merge import MergeSettings
-from prunetune.methods.deltas import DELTAS, build_delta, check_delta
+from prunetune.methods.deltas import DELTAS, By, build_delta, check_delta
 from prunetune.model.quantized_base import KINDS
-from prunetune.pipeline.delta_search import By
 
 # Of --rescale: what dare itself understands, what darex_q finds on rows, and what it needs no rows for.
 _DARE = ("inverse_keep", "l1", "none")

@@ -12,12 +12,12 @@ from prunetune.core.errors import DataError
 from prunetune.core.records import PreparedModel
 from prunetune.data import prepare, sources
 from prunetune.export.stream_merge import StreamMerge
-from prunetune.methods.deltas import build_delta
+from prunetune.methods.deltas import By, build_delta
 from prunetune.model.delta_inputs import Inputs, measure_inputs
 from prunetune.model.shards import ShardReader
 from prunetune.model.token_rows import TokenRow, token_rows
 from prunetune.model.tuned import EMBEDDING, HEAD
-from prunetune.pipeline.delta_search import By, Judge, search
+from prunetune.pipeline.delta_search import Judge, search
 from prunetune.pipeline.loading import load_tokenizer
 from prunetune.pipeline.merge_quantized import plain_model
 

@@ -31,8 +31,6 @@ from prunetune.model.surgery import Surgery
 from prunetune.model.tuned import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tuned, open_tuned
 from prunetune.pipeline.merge_quantized import Base, open_base, write_quantized
 from prunetune.pipeline.merge_request import MergeRequest
-from prunetune.pipeline.merge_rows import MergeRows
-from prunetune.pipeline.quiet import quiet_libraries
 
 # Above this mean change of a weight the base is likely not the one that was tuned, or training went on for long.
 _LARGE_CHANGE = 5e-3
@@ -140,7 +138,8 @@ class Ready:
 
     Args:
         merge: as it is written. options: of its method, with nothing left to a search.
-        base: what is merged onto. trained: the same merge onto the numbers that the sources saw, in float32.
+        base: what is merged onto. trained: the same merge onto the numbers that the sources saw, in float32, if these
+            were quantised.
     """
 
     merge: StreamMerge
@@ -151,7 +150,6 @@ class Ready:
 
 def ready(request: MergeRequest) -> Ready:
     """Opens, checks and calibrates everything; searches what is open."""
-    quiet_libraries()
     if problems := request.problems():
         raise ConfigError(problems)
     how, prepared = HOWS[request.how], resolve_model(request.base)
@@ -183,11 +181,16 @@ def ready(request: MergeRequest) -> Ready:
     if merge.calibrated and request.calibration is None:
         raise ConfigError([Problem(f"{request.method} looks at real inputs; name a file of rows", "--calibration")])
     if request.calibration is not None:
+        # A merge without rows loads no training libraries: they take more memory than the merge.
+        from prunetune.pipeline.merge_rows import MergeRows
+        from prunetune.pipeline.quiet import quiet_libraries
+
+        quiet_libraries()
         rows = MergeRows(prepared, base.trained, request.calibration)
         seen = rows.measure(merge)
         options = rows.settle(request.method, options, request.by, lambda tried: made(tried, seen))
         merge = made(options, seen)
-    return Ready(merge, options, base, made(options, seen, base.trained, exact))
+    return Ready(merge, options, base, made(options, seen, base.trained, exact) if base.kind is not None else merge)
 
 
 def delta_info(request: MergeRequest) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -51,6 +51,10 @@ def context_of(seed: int, model: str, seen: Inputs | None = None, ranks: tuple[i
     if seen is None:
         return DeltaContext(seed, model, ranks=ranks)
     return DeltaContext(seed, model, seen.squares, seen.energy, seen.means, ranks)
+
+
+# What a search goes by: the loss of the rows' labels, or how far outputs move.
+By = Literal["loss", "outputs"]
 
 
 @dataclass(frozen=True)

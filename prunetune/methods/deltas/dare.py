@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions, random_words
-from prunetune.model.deltas import Delta, LowRank, Mapped, Place, threshold
+from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions
+from prunetune.model.deltas import Delta, LowRank, Mapped, Place, stays_of
 
 
 class DareOptions(DropOptions):
@@ -61,10 +61,9 @@ def masked(delta: Delta, context: DeltaContext, drop: float) -> Delta:
     """The delta with entries dropped by lot, survivors unscaled; the delta itself if nothing is dropped."""
     if drop == 0:
         return delta
-    limit = threshold(1 - drop)
 
     def change(block: Tensor, start: int, stop: int) -> Tensor:
-        return block * (random_words(delta.place, context, "dare", start, stop) < limit)
+        return block * stays_of(delta.place, context.seed, context.model, "dare", start, stop, 1 - drop)
 
     return Mapped(delta, change)
 
@@ -82,5 +81,5 @@ def masked_factors(delta: LowRank, context: DeltaContext, drop: float, divisor: 
     if drop == 0:
         return delta
     place = Place(f"{delta.place.name} A", (len(delta.a), delta.place.shape[1]), None, delta.place.columns)
-    stays = random_words(place, context, "dare A", 0, len(delta.a)) < threshold(1 - drop)
+    stays = stays_of(place, context.seed, context.model, "dare A", 0, len(delta.a), 1 - drop)
     return LowRank(delta.place, delta.a * stays / (divisor or 1.0), delta.b, delta.scale)
