@@ -10,6 +10,8 @@ from prunetune.core.errors import PrunetuneError
 from prunetune.methods.compensation import COMPENSATIONS, Compensation
 from prunetune.methods.options import MethodOptions
 
+_COLUMNS = 512
+
 
 class RefitOptions(MethodOptions):
     """Options of refit."""
@@ -48,7 +50,10 @@ class Refit(Compensation):
         inner = moment.index_select(0, kept).index_select(1, kept).double()
         inner.diagonal().add_(ridge)
         # The ridge pulls toward the weights that stay as they are, not toward zero: with no data nothing changes.
-        right = weight.double() @ moment.index_select(1, kept).double() + ridge * dense.double()
+        # Columns in blocks, because all of them in float64 would be larger than the moment itself.
+        double = weight.double()
+        blocks = [double @ moment.index_select(1, part).double() for part in kept.split(_COLUMNS)]
+        right = torch.cat(blocks, dim=1) + ridge * dense.double()
         factor, fault = torch.linalg.cholesky_ex(inner)
         if int(fault):
             raise PrunetuneError(
