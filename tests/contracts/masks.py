@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -51,10 +53,15 @@ def make(name: str, folder: Any, of: MaskContext | None = None, **options: Any) 
 def with_adapters(of: MaskContext) -> MaskContext:
     """The context with a tiny model's adapters to read; the same ones every time."""
     arch = of.planner.arch
+    model = copy.deepcopy(_adapted_model(arch.model_type))
+    return replace(of, adapters=AdapterView(model, arch, of.planner.sites))
+
+
+@functools.cache
+def _adapted_model(model_type: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-        model = get_peft_model(tiny_model(arch.model_type), config)
-    return replace(of, adapters=AdapterView(model, arch, of.planner.sites))
+        return get_peft_model(tiny_model(model_type), config)
 
 
 def set_gradients(mask: Mask, generator: torch.Generator, scale: float) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from prunetune.core.errors import ConfigError
 from prunetune.methods.masks import MASKS
@@ -70,11 +71,22 @@ def test_sites_without_adapters_are_refused(tmp_path: Path, mask: str) -> None:
         joint_trainer(tmp_path / "run", prune=prune_config(mask), peft_config=some, model=tiny_model())
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of plain LoRA after as many steps."""
+    torch.set_num_threads(1)
+    trainer = joint_trainer(tmp_path_factory.mktemp("plain"), prune=None)
+    trainer.train()
+    return weights(trainer)
+
+
 @pytest.mark.parametrize("mask", READERS)
-def test_with_nothing_to_remove_reading_adapters_changes_no_bit(tmp_path: Path, mask: str) -> None:
-    plain = joint_trainer(tmp_path / "plain", prune=None)
-    plain.train()
-    joint = joint_trainer(tmp_path / "joint", prune=prune_config(mask, kept="100%"))
+def test_with_nothing_to_remove_reading_adapters_changes_no_bit(
+    tmp_path: Path, mask: str, plain: dict[str, torch.Tensor]
+) -> None:
+    # In so short a search atp would learn fast enough for gates to close that no budget asks for.
+    options = {"learning_rate": 1e-3} if mask == "atp" else {}
+    joint = joint_trainer(tmp_path / "joint", prune=prune_config({"method": mask, **options}, kept="100%"))
     joint.train()
     assert joint.plan is not None
-    require_same(weights(joint), weights(plain))
+    require_same(weights(joint), plain)

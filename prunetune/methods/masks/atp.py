@@ -30,6 +30,8 @@ from prunetune.model.units import LAYERS_SITE
 MEDIAN = math.log(math.log(2))
 # Steps times learning rate that the network needs to close as many gates as a budget asks for.
 PATH = 0.15
+# The published rate, and one beyond which a step of a few rows' gradients decides too much.
+SLOWEST, FASTEST = 1e-3, 1e-2
 # Beyond these exponents nothing changes any more, and float32 ends.
 LOWEST, HIGHEST = -60.0, 40.0
 
@@ -78,7 +80,7 @@ class AtpMask(Mask):
         super().__init__(context, options)
         self.options = options
         # It takes some 150 steps at the published rate to bring the logits from open to the budget.
-        rate = options.learning_rate or max(1e-3, PATH / context.phases.search)
+        rate = options.learning_rate or min(max(SLOWEST, PATH / context.phases.search), FASTEST)
         self.least_search = math.ceil(PATH / rate)
         arch, planner = context.planner.arch, context.planner
         widths = {site.kind: 1 if site.kind == LAYERS_SITE else site.size for site in self.sites}
@@ -137,7 +139,9 @@ class AtpMask(Mask):
         return {name: (logit > MEDIAN).float() for name, logit in self._logits().items()}
 
     def penalty(self, step: int) -> Tensor:
-        soft = self._soft(step)
+        return self._ratio_penalty(self._soft(step))
+
+    def _ratio_penalty(self, soft: Mapping[str, Tensor]) -> Tensor:
         kept = kept_fraction(self.context.planner, {name: _straight(gate) for name, gate in soft.items()})
         off = (kept.clamp(min=1e-10) / self._wanted).log().abs()
         return self.options.ratio_weight * torch.where(off > self.options.tolerance, off, 0.0 * off)
@@ -147,10 +151,10 @@ class AtpMask(Mask):
             return {}
         if not self._teaches_adapters(step):
             self._forget_gradients()
-        penalty = self.penalty(step)
+        soft = self._soft(step)
+        penalty = self._ratio_penalty(soft)
         if self._teaches_network(step):
             self._adam.zero_grad()
-            soft = self._soft(step)
             grads = [statistics.grad[name].cpu() for name in soft]
             torch.autograd.backward([*soft.values(), penalty], [*grads, torch.ones(())])
             torch.nn.utils.clip_grad_norm_(self._network.parameters(), self.options.clip)
