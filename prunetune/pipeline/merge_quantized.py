@@ -22,6 +22,7 @@ from prunetune.core.files import new_folder, write_json
 from prunetune.core.records import PreparedModel
 from prunetune.export.stream_merge import MERGE_FILE, StreamMerge
 from prunetune.model.quantized_base import DequantizedReader, RoundedReader, quantized_names, rounded, stored_kind
+from prunetune.model.resolve import STOCK
 from prunetune.model.shards import ShardReader
 from prunetune.pipeline.merge_request import Onto
 
@@ -110,7 +111,7 @@ def write_quantized(
         dense = Path(scratch) / "dense"
         merge.write(dense, facts)
         model = AutoModelForCausalLM.from_pretrained(
-            dense, quantization_config=_quantization(base.kind), dtype=merge.settings.dtype
+            dense, quantization_config=_quantization(base.kind), dtype=merge.settings.dtype, **STOCK
         )
         model.save_pretrained(work)
         for file in dense.iterdir():
