@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed import test_two_processes as two_processes
-from tests.distributed.test_two_processes import launch, saved
+from tests.distributed.test_engines import GOT, start
+from tests.distributed.test_two_processes import saved
 from tests.quantized.quantized_runs import quantized_folder
 from tests.train.joint_runs import require_same
 
@@ -19,19 +17,11 @@ SCRIPT = "tests.quantized.two_processes_script"
 
 
 @pytest.mark.parametrize(("engine", "kind"), [("ddp", "nf4"), ("ddp", "int8"), ("zero2", "nf4")])
-def test_quantised_base_in_two_processes(
-    tmp_path: Path, engine: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if engine == "zero2":
-        pytest.importorskip("deepspeed")
-        monkeypatch.setattr(two_processes, "DDP", two_processes.DDP.with_name("zero2.yaml"))
-        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # ninja
-    base = str(quantized_folder(tmp_path / "base"))
-    first, second = launch(2, tmp_path / "two", SCRIPT, base=base, kind=kind, rows=2)
-    [alone] = launch(1, tmp_path / "one", SCRIPT, base=base, kind=kind, rows=4)
-    # MULTI_CPU is what accelerate calls a MULTI_GPU launch on CPUs.
-    assert first["engine"] == {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}[engine]
+def test_quantised_base_in_two_processes(tmp_path: Path, engine: str, kind: str) -> None:
+    asked = {"script": SCRIPT, "base": str(quantized_folder(tmp_path / "base")), "kind": kind}
+    first, second = start(tmp_path / "two", engine, rows=2, **asked)
+    [alone] = start(tmp_path / "one", rows=4, **asked)
+    assert first["engine"] == GOT[engine]
     assert first["processes"] == second["processes"] == 2
     assert first["plan"] == second["plan"] == alone["plan"] is not None
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
