@@ -94,3 +94,10 @@ def test_doubtful_settings_are_pointed_out(overrides: list[str], steps: int | No
 
 def test_defaults_raise_no_doubts() -> None:
     assert rules.cautions(load_config(None, BASE), 200) == []
+
+
+def test_a_temperature_without_distillation_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: some-model\ntarget: 60%\ndistill: {temperature: 2}\n")
+    with pytest.raises(ConfigError, match=r"distill\.temperature.*not used without distill\.weight"):
+        load_config(file)
