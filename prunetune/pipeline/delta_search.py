@@ -66,9 +66,10 @@ def search(method: str, options: Mapping[str, Any], score: Callable[[dict[str, A
 
 
 def _between(best: float, values: Sequence[float]) -> list[float]:
-    """Geometric middles of the best value and its neighbours."""
+    """Middles of the best value and its neighbours; geometric ones, but next to 0."""
     place = values.index(best)
-    return [math.sqrt(best * other) for other in (*values[max(0, place - 1) : place], *values[place + 1 : place + 2])]
+    others = (*values[max(0, place - 1) : place], *values[place + 1 : place + 2])
+    return [math.sqrt(best * other) or max(best, other) / 2 for other in others]
 
 
 class Judge:

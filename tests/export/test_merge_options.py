@@ -47,6 +47,8 @@ def test_a_search_finds_the_minimum_and_stops_early():
     assert len(tried) < 9
     assert search("darex_q", {"q": 0.5}, score).options == {"q": 0.5}
     held = search("darex_q", {"drop": 0.9, "q": "auto"}, lambda options: abs(options["multiplier"] - 1.9))
+    least = search("darex_q", {"drop": 0.9, "q": "auto"}, lambda options: options["multiplier"])
+    assert least.options["multiplier"] == 0, "dare itself is among what is tried"
     assert held.options == {"drop": 0.9, "q": "closed_form", "multiplier": pytest.approx(2.0, rel=0.2)}
 
 
