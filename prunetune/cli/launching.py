@@ -43,9 +43,9 @@ def launch(engine: str, processes: int | None, arguments: Sequence[str]) -> int:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
         # Port 0: any that is free, so that two runs on one machine do not meet.
         command = [*launcher, "--main_process_port", "0", "--module", "prunetune", *arguments]
-        environment = dict(os.environ)
-        if gpus == 0:
-            environment["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed compiles with the ninja that was installed with it, also where nobody activated its environment.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = {**os.environ, "PATH": path} | ({"DS_ACCELERATOR": "cpu"} if gpus == 0 else {})
         return _wait(subprocess.Popen(command, env=environment))
 
 

@@ -6,6 +6,7 @@ processes are on accelerators (fsdp_on_cpu.py).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -63,12 +64,22 @@ def launch_file(folder: Path, engine: str) -> Path:
     return path
 
 
+@functools.cache
+def compile_communication() -> None:
+    """DeepSpeed compiles its communication for CPUs when it first runs, which takes minutes on a busy machine."""
+    code = "from deepspeed.accelerator import get_accelerator as g; g().create_op_builder('ShareMemCommBuilder').load()"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=500)
+
+
 def start(out: Path, engine: str | None = None, **asked: Any) -> list[dict[str, Any]]:
     """A run in two processes of an engine, or in one."""
     if engine is None:
         return launch(1, out, **asked)
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
+        compile_communication()
     out.mkdir(exist_ok=True)
     return launch(2, out, config=launch_file(out.parent, engine), **asked)
 

@@ -42,7 +42,9 @@ def launch(
             *("--num_processes", str(processes), "--main_process_port", str(free_port())),
             *("--module", script),
         ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    # DeepSpeed looks for the ninja beside the interpreter, and compiles again for any other one.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "PATH": path}
     done = subprocess.run(
         [*command, json.dumps({"out": str(out), **asked})],
         cwd=ROOT,
