@@ -6,7 +6,8 @@ Random weights are written shard by shard, then the model is pruned in a fresh p
 loads the small model whole in a process of its own. ``anonymous`` is memory that the process made, ``resident`` also
 counts pages of the shards that the system may drop at any time; ``idle`` is what the imports alone take.
 ``allowed`` = one layer in float32, the statistics of one layer (two matrices of inputs x inputs), the hidden states of
-all calibration tokens, and the weights file that is being filled; the refit's float64 copies are beyond it.
+all calibration tokens, and twice the weights file that is being filled, whose bytes exist once more while they are
+written; the refit's float64 copies are beyond it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
         "statistics_bytes": statistics,
         "hidden_bytes": hidden,
         "shard_bytes": options.shard_bytes,
-        "allowed_bytes": layer + statistics + hidden + options.shard_bytes,
+        "allowed_bytes": layer + statistics + hidden + 2 * options.shard_bytes,
         "tokens": options.tokens,
         "runs": [],
     }
