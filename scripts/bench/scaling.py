@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from prunetune import PruneConfig, PruneTuneTrainer
 from prunetune.config.engines import ENGINES, launch_settings
+from prunetune.config.schema import TargetConfig
 from prunetune.core.files import write_json
 from prunetune.core.streams import stream
 from prunetune.evaluate.memory import peak_resident_bytes
@@ -73,6 +74,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batch", type=int, default=2, help="rows of each process")
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--kept", default="60%")
+    parser.add_argument("--align", type=int, default=64, help="MLP widths are multiples of it; 8 for tiny models")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="of the base")
@@ -101,7 +104,7 @@ def compare(engine: str, processes: int, options: argparse.Namespace) -> dict[st
 def measure(kind: str, engine: str, processes: int, options: argparse.Namespace) -> dict[str, float]:
     """One run of a kind in fresh processes; the slowest process's step and the largest one's memory."""
     own = [str(Path(__file__)), "--only", kind, "--model", options.model, "--dtype", options.dtype]
-    own += [f"--{name}={getattr(options, name)}" for name in ("batch", "length", "steps")]
+    own += [f"--{name}={getattr(options, name)}" for name in ("batch", "length", "steps", "kept", "align")]
     command, environment = [sys.executable, *own], dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         if engine != "single":
@@ -187,7 +190,8 @@ def build(options: argparse.Namespace, folder: str, clock: Clock) -> SFTTrainer:
     if options.only == "plain":
         return SFTTrainer(**common, callbacks=[clock])
     phases = {"warmup": 0.0, "search": 0.5}
-    prune = PruneConfig(target="60%", mask="saliency", compensation="none", phases=phases)
+    target = TargetConfig(kept=options.kept, align=options.align)
+    prune = PruneConfig(target=target, mask="saliency", compensation="none", phases=phases)
     return PruneTuneTrainer(**common, prune=prune, callbacks=[clock, StopAfter(count)])
 
 
