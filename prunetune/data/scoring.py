@@ -12,7 +12,7 @@ import numpy as np
 
 from prunetune.core.console import note
 from prunetune.core.errors import DataError
-from prunetune.core.files import read_json, write_json
+from prunetune.core.files import read_json, sweep, write_json
 from prunetune.data import store
 from prunetune.data.gradients import with_adapters
 from prunetune.data.identity import model_hash, row_id, rows_hash, template_hash, tokenizer_hash
@@ -180,6 +180,7 @@ def _score_into(
     paths = [store.shard_path(folder, number) for number in range(len(spans))]
     if not all(path.is_file() for path in paths) or rank != 0:
         return None
+    sweep(folder / store.SHARDS)
     seconds = sum(
         read_json(path.with_suffix(".json"))[_SECONDS] for path in paths if path.with_suffix(".json").is_file()
     )
