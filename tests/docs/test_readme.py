@@ -39,6 +39,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "test.jsonl", tiny_rows(10, seed=1))
     [yaml] = [body for language, body in BLOCKS if language == "yaml"]
     (folder / "my_run.yaml").write_text(yaml)
+    recipes = "compare:\n  kept: [60%]\n  recipes: [base, {joint: random}, {one_shot: magnitude}]\n"
+    (folder / "compare.yaml").write_text(yaml.replace("runs/my_run", "runs/compared") + recipes)
     for name in ("adapter", "a", "b", "c"):
         base = AutoModelForCausalLM.from_pretrained(folder / MODEL)
         tuned = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -61,19 +63,24 @@ def test_readme_shows_every_command() -> None:
         "data",
         "delta",
         "merge",
+        "prune",
+        "compare",
     }
 
 
+@pytest.mark.timeout(1500)
 def test_readme_commands_run_in_order(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     for command in commands():
         words = shlex.split(command)[1:]
-        if words[0] in ("plan", "train"):
+        if words[0] in ("plan", "train", "compare"):
             words += SMALL if "max_steps" not in command else [s for s in SMALL if "max_steps" not in s]
             words = [re.sub(r"max_steps=\d+", "max_steps=4", word) for word in words]
         if "--resume" in words:
             # The same settings as the run that it goes on with.
             words += ["target.kept=70%"]
+        if words[0] == "prune":
+            words += ["--align", "8"]
         if words[0] == "eval":
             words += ["--no-speed"]
         if "--id" in words:
@@ -89,13 +96,14 @@ def test_readme_commands_run_in_order(workplace: Path, monkeypatch: pytest.Monke
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert (workplace / "runs/my_run/compact/config.json").exists()
-    for name in ("smaller", "one", "three", "fitted"):
+    assert (workplace / "runs/compared/report.html").exists()
+    for name in ("smaller", "one", "three", "fitted", "pruned"):
         assert (workplace / name / "config.json").exists()
     assert (workplace / "kept/report.html").exists()
 
 
 def test_readme_files_exist() -> None:
-    for path in re.findall(r"(?:scripts|configs)/[\w./]+\.(?:sh|py|yaml)", README):
+    for path in re.findall(r"(?:scripts|configs)/[\w./]+\.(?:sh|py|yaml|md)", README):
         assert (ROOT / path).exists(), path
 
 
