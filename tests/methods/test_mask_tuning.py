@@ -26,9 +26,7 @@ def test_factors_are_the_least_squares_ones() -> None:
 def test_the_ridge_pulls_to_the_weights_as_they_are() -> None:
     weight_DF, x_TF, kept = problem()
     moment = x_TF.T @ x_TF
-    near, far = (
-        build_compensation("mask_tuning", {"ridge": r}).weight(weight_DF, kept, moment) for r in (1e6, 1e-6)
-    )
+    near, far = (build_compensation("mask_tuning", {"ridge": r}).weight(weight_DF, kept, moment) for r in (1e6, 1e-6))
     torch.testing.assert_close(near, weight_DF[:, kept], atol=1e-4, rtol=1e-3)
     assert not torch.allclose(far, weight_DF[:, kept], atol=1e-2)
 
