@@ -148,7 +148,7 @@ def _logits(merge: StreamMerge, quantized: Mapping[str, str]) -> list[Tensor]:
 
     model = plain_model(merge.out_config(), {name: tensor(name) for name in merge.names})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(merge.base)
+        tokenizer = AutoTokenizer.from_pretrained(merge.base, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         tokenizer = None  # prompts of random tokens then
     prompts, _ = prompts_for(model, tokenizer)

@@ -178,7 +178,7 @@ def test_export_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pipeline, "export_run", lambda *places, **options: seen.append((places, options)))
     arguments = ["export", tmp_path, "--out", tmp_path / "out", "--target", "80%", "--dtype", "float32"]
     assert invoke(*arguments).exit_code == 0
-    options = {"target": "80%", "dtype": "float32", "replace": False}
+    options = {"target": "80%", "dtype": "float32", "base": None, "replace": False}
     assert seen == [((tmp_path, tmp_path / "out"), options)]
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prunetune.core.errors import DataError, PlanMismatchError
-from prunetune.train.checkpoint import MARKER, newest, read_marker
+from prunetune.model.plan import Plan
+from prunetune.train.checkpoint import MARKER, newest, read_marker, write_marker
 from prunetune.train.trainer import JointTrainer
 from tests.support import tiny_rows
 from tests.train.joint_runs import (
@@ -154,7 +155,10 @@ def test_checkpoint_of_another_plan_is_refused(run: Run, tmp_path: Path) -> None
     site, kept = next((site, kept) for site, kept in plan["kept"].items() if "mlp" in site)
     missing = next(i for i in range(64) if i not in kept)
     plan["kept"][site] = sorted([*kept[1:], missing])
-    (tmp_path / "copy" / "freeze" / "plan.json").write_text(json.dumps(plan))
+    freeze = tmp_path / "copy" / "freeze"
+    (freeze / "plan.json").write_text(json.dumps(plan))
+    # As a whole freeze of another run would be; a damaged one is found by its digests, and done again.
+    write_marker(freeze, {"plan": Plan.load(freeze / "plan.json").digest()})
     with pytest.raises(PlanMismatchError, match="follows another plan"):
         joint_trainer(tmp_path / "copy", **run[2]).train(resume_from_checkpoint=True)
 
