@@ -208,17 +208,18 @@ def test_eval_compares_the_base_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names, data, options["speed"]) == (["large", "small"], "rows.jsonl", False)
 
 
-@pytest.mark.parametrize("what", ["masks", "compensation", "families", "units", "samples", "tokens"])
+@pytest.mark.parametrize("what", ["masks", "scores", "compensation", "families", "units", "samples", "tokens"])
 def test_list_shows_names_and_marks_the_default(what: str) -> None:
     result = invoke("list", what)
     assert result.exit_code == 0
     expected = {
-        "masks": ("saliency", "hard_concrete", "static", "random", "yes", "decay"),
-        "compensation": ("none", "refit", "yes", "ridge"),
+        "masks": ("saliency", "hard_concrete", "static", "random", "(default)", "decay"),
+        "scores": ("wanda", "(default)", "needs: activations, weights"),
+        "compensation": ("none", "refit", "(default)", "ridge"),
         "families": ("llama", "qwen3", "gemma2"),
         "units": ("mlp_channels", "kv_groups", "query_heads", "layers", "yes"),
-        "samples": ("random", "q_tuning", "near_duplicates", "online", "yes", "data.samples.KEY", "don_direction"),
-        "tokens": ("random", "neighbour_perplexity", "online", "yes", "data.tokens.KEY", "neighbour_weight"),
+        "samples": ("random", "q_tuning", "near_duplicates", "(online)", "data.samples.KEY", "don_direction"),
+        "tokens": ("random", "neighbour_perplexity", "(online)", "data.tokens.KEY", "neighbour_weight"),
     }[what]
     assert all(name in result.output for name in expected)
     assert max(len(line) for line in result.output.splitlines()) <= 80

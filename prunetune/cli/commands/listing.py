@@ -125,22 +125,21 @@ def _units() -> list[Table]:
 def _methods(
     registry: Registry[Any], section: str, default: str | None = None, facts: tuple[str, ...] = ()
 ) -> list[Table]:
-    """Names and options of a registry; the last column marks the default or, if there is none, the online methods.
+    """Names and options of a registry; the default or, if there is none, the online methods are marked.
 
-    ``facts``: further attributes of the methods, each a column.
+    ``facts``: further attributes of the methods, told below what a method does.
     """
-    last = "default" if default else "online"
-    table = _table(f"{section}.method", "name", "what it does", "paper", *facts, last)
+    from rich.markup import escape
+
+    mark = "default" if default else "online"
+    table = _table(f"{section}.method", "name", "what it does")
     options = _table(f"Options of these methods: {section}.KEY", "method", "key", "default", "meaning")
     for name, method in registry.items():
         marked = name == default if default else method.online
-        table.add_row(
-            name,
-            registry.summary(name),
-            method.paper,
-            *(_words(getattr(method, fact)) for fact in facts),
-            "yes" if marked else "",
-        )
+        told = [f"{fact}: {_words(getattr(method, fact))}" for fact in facts if getattr(method, fact)]
+        below = "; ".join([*told, *([method.paper] if method.paper else [])])
+        what = escape(registry.summary(name)) + (f"\n[dim]{escape(below)}[/dim]" if below else "")
+        table.add_row(name + (f"\n[dim]({mark})[/dim]" if marked else ""), what)
         for key, field in method.Options.model_fields.items():
             value = "required" if field.is_required() else _shown(field.default)
             options.add_row(name, key, value, field.description or "")
