@@ -54,4 +54,5 @@ def test_real_model_is_trained_pruned_exported_and_reloaded(tmp_path: Path) -> N
     total = sum(p.numel() for p in model.parameters())
     assert total == pytest.approx(plan.origin["kept"]["total"] * 134_515_008, abs=1)
     ids = tokenizer("What does json.dumps do?", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=4).shape[1] == ids["input_ids"].shape[1] + 4
+    # After four steps the model may well want to end at once, so ending is not left to it.
+    assert model.generate(**ids, min_new_tokens=4, max_new_tokens=4).shape[1] == ids["input_ids"].shape[1] + 4
