@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-import time
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer
 from prunetune.pipeline.prune_request import PruneRequest, default_units
 from prunetune.pipeline.prune_run import prune_once
 from prunetune.pipeline.quiet import quiet_libraries
-from prunetune.pipeline.run import eval_settings, train
+from prunetune.pipeline.run import METRICS, eval_settings, train, trained_seconds
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
     Returns:
         label, kind, kept (asked for), seed, steps, kept_decoder and params_total (reached), domain_ppl, general_ppl
-        and the other numbers of ``quality``, seconds (of pruning and training), peak_bytes (of this process, or
+        and the other numbers of ``quality``, seconds (of the optimizer steps), peak_bytes (of this process, or
         of the GPU).
     """
     quiet_libraries()
@@ -46,9 +45,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         completion_only=config.train.completion_only,
     )
     config.folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     model, steps = _model(cell, dense, tokenizer, data)
-    seconds = time.perf_counter() - began
     rows = list(data.validation.select(range(min(config.evaluate.rows, len(data.validation)))))
     numbers = quality(cell.label, model, tokenizer, rows, data.general_text, eval_settings(config))
     arch, whole = describe(model.config), describe(dense.config)
@@ -62,7 +59,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "steps": steps,
         "kept_decoder": kept,
         "params_total": total_params(arch, full_shape(arch)),
-        "seconds": seconds,
+        "seconds": _trained_seconds(cell),
         "peak_bytes": _peak_bytes(),
         "fingerprint": cell.fingerprint(),
         **numbers,
@@ -115,6 +112,12 @@ def _pruned(cell: Cell, dense: PreparedModel, data: DataBundle) -> PreparedModel
             )
         )
     return resolve_model(str(folder))
+
+
+def _trained_seconds(cell: Cell) -> float:
+    """Read from the steps' own records, so that a run that was stopped and went on counts whole."""
+    folder = cell.config.folder
+    return 0.0 if cell.kind == BASE else trained_seconds((folder if cell.kind == JOINT else folder / TRAIN) / METRICS)
 
 
 def drop_weights(cell: Cell) -> None:

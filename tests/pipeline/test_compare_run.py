@@ -89,11 +89,9 @@ def test_runs_of_a_comparison_leave_results_and_reports_and_are_not_run_twice(
 def test_a_stopped_cell_goes_on_from_its_checkpoint(comparison_file: Path) -> None:
     cell = load_comparison(comparison_file, ["train.save_every=1"]).cells[2]
     whole = run_cell(cell)
-    again = run_cell(cell)
-    assert {k: v for k, v in again.items() if k not in ("seconds", "peak_bytes")} == {
-        k: v for k, v in whole.items() if k not in ("seconds", "peak_bytes")
-    }
-    assert again["seconds"] < whole["seconds"]
+    assert whole["seconds"] > 0
+    # The seconds too: those of the first time count although no step is taken again.
+    assert run_cell(cell) | {"peak_bytes": 0} == whole | {"peak_bytes": 0}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.methods.masks import MASKS, MaskContext, weighed
-from prunetune.methods.masks._scheduled import LastingMask, ScheduleOptions
+from prunetune.methods.masks import MASKS, MaskContext
+from prunetune.methods.masks._averaged import AveragedMask
+from prunetune.methods.masks._scheduled import ScheduleOptions
 from prunetune.methods.options import MethodOptions
 from prunetune.model.adapters import AdaptedLinear
-from prunetune.model.gates import GateStatistics
 
 
 class GradualZeroOptions(MethodOptions):
@@ -24,7 +24,7 @@ class GradualZeroOptions(MethodOptions):
 
 
 @MASKS.register("gradual_zero")
-class GradualZeroMask(LastingMask):
+class GradualZeroMask(AveragedMask):
     """LHSPG and HESSO: in each of some periods the least salient units fade linearly to zero, and stay there.
 
     Salience is the sum of five scores, each divided by its norm over all units of a kind: a unit's weight norm, that
@@ -39,17 +39,13 @@ class GradualZeroMask(LastingMask):
 
     Options = GradualZeroOptions
     paper = "arXiv 2312.09411, 2310.18356"
-    needs = "adapters' gradients, base weights (dequantised if quantised)"
     cost = "two passes over every weight in float32"
-    reads_adapters = True
 
     def __init__(self, context: MaskContext, options: GradualZeroOptions):
-        super().__init__(context, ScheduleOptions(ramp_share=options.ramp_share))
-        self._decay, self._periods = options.decay, options.periods
+        super().__init__(context, ScheduleOptions(ramp_share=options.ramp_share), options.decay)
+        self._periods = options.periods
         self.refresh = max(1, int(self.ramp_steps / options.periods))
         self.fade_steps = float(self.refresh)
-        self._mean = {site.name: torch.zeros(site.size) for site in self.sites}
-        self._mass = {site.name: torch.zeros(()) for site in self.sites}
 
     def way(self, step: int) -> float:
         """Equal batches: what has faded when the period that begins after this step is over."""
@@ -57,7 +53,7 @@ class GradualZeroMask(LastingMask):
         batches = min(self._periods, int(self.ramp_steps))
         return min(1.0, (searched // self.refresh + 1) / batches) if searched >= 0 else 0.0
 
-    def observe(self, step: int, statistics: GateStatistics) -> None:
+    def measure(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert self.context.adapters is not None
         sums = group_sums(self.context.adapters.linears)
         kinds: dict[str, list[str]] = {}
@@ -66,23 +62,7 @@ class GradualZeroMask(LastingMask):
         fresh = {
             name: score for names in kinds.values() for name, score in saliences({n: sums[n] for n in names}).items()
         }
-        if not all(bool(torch.isfinite(score).all()) for score in fresh.values()):
-            return
-        for name, score in fresh.items():
-            self._mean[name] = self._decay * self._mean[name] + (1 - self._decay) * score
-            self._mass[name] = self._decay * self._mass[name] + (1 - self._decay) * sums[name][4].sum()
-
-    def importance(self) -> dict[str, Tensor]:
-        return weighed(self._mean, self._mass)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {**super().state_dict(), **{f"mass.{name}": mass for name, mass in self._mass.items()}}
-        return {**state, **{f"mean.{name}": mean for name, mean in self._mean.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._mass = {name: state[f"mass.{name}"].clone() for name in self._mass}
-        self._mean = {name: state[f"mean.{name}"].clone() for name in self._mean}
+        return fresh, {name: sums[name][4].sum() for name in fresh}
 
 
 @torch.no_grad()

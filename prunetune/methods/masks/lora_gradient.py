@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.methods.masks import MASKS, MaskContext, weighed
-from prunetune.methods.masks._scheduled import LastingMask, ScheduleOptions
+from prunetune.methods.masks import MASKS, MaskContext
+from prunetune.methods.masks._averaged import AveragedMask
+from prunetune.methods.masks._scheduled import ScheduleOptions
 from prunetune.model.adapters import AdaptedLinear
-from prunetune.model.gates import GateStatistics
 
 
 class LoraGradientOptions(ScheduleOptions):
@@ -24,7 +24,7 @@ class LoraGradientOptions(ScheduleOptions):
 
 
 @MASKS.register("lora_gradient")
-class LoraGradientMask(LastingMask):
+class LoraGradientMask(AveragedMask):
     """LoRAPrune: |weight x gradient| with the gradient estimated from the adapters; closed units stay closed.
 
     With gA, gB the gradients of the factors after clipping, dW = gB A + B gA - gB gA stands in for the weight's
@@ -40,41 +40,19 @@ class LoraGradientMask(LastingMask):
 
     Options = LoraGradientOptions
     paper = "arXiv 2305.18403"
-    needs = "adapters' gradients, base weights (dequantised if quantised)"
     cost = "a pass over every weight in float32"
-    reads_adapters = True
 
     def __init__(self, context: MaskContext, options: LoraGradientOptions):
-        super().__init__(context, options)
-        self._decay = options.decay
+        super().__init__(context, options, options.decay)
         self.refresh = min(options.refresh, max(1, context.phases.search // 10))
-        self._mean = {site.name: torch.zeros(site.size) for site in self.sites}
-        self._mass = {site.name: torch.zeros(()) for site in self.sites}
 
-    def observe(self, step: int, statistics: GateStatistics) -> None:
+    def measure(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert self.context.adapters is not None
         by_module = importance_by_module(self.context.adapters.linears)
-        fresh = normalised(by_module)
-        # A single entry that is not finite spoils its whole module: such a step says nothing.
-        if not all(bool(torch.isfinite(found).all()) for found in fresh.values()):
-            return
-        decay = self._decay
-        for name, mean in self._mean.items():
-            mass = sum((sums.sum() for (site, _), sums in by_module.items() if site == name), torch.zeros(()))
-            self._mean[name] = decay * mean + (1 - decay) * fresh[name]
-            self._mass[name] = decay * self._mass[name] + (1 - decay) * mass
-
-    def importance(self) -> dict[str, Tensor]:
-        return weighed(self._mean, self._mass)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {**super().state_dict(), **{f"mass.{name}": mass for name, mass in self._mass.items()}}
-        return {**state, **{f"mean.{name}": mean for name, mean in self._mean.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._mass = {name: state[f"mass.{name}"].clone() for name in self._mass}
-        self._mean = {name: state[f"mean.{name}"].clone() for name in self._mean}
+        mass = {site.name: torch.zeros(()) for site in self.sites}
+        for (site, _), sums_U in by_module.items():
+            mass[site] = mass[site] + sums_U.sum()
+        return normalised(by_module), mass
 
 
 @torch.no_grad()
