@@ -41,11 +41,15 @@ def template_hash(tokenizer: Any) -> str:
     return digest(tokenizer.chat_template)
 
 
-@torch.no_grad()
 def model_hash(model: Any) -> str:
     """A hash of a model's shape and of an even sample of every tensor, adapters included."""
-    found = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.named_parameters()):
+    return tensors_hash(dict(model.named_parameters()), model.config.to_dict())
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> str:
+    """A hash of ``facts`` and of an even sample of every tensor."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // _SAMPLE)].contiguous().cpu()
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from prunetune.core.console import warn
 from prunetune.core.errors import ConfigError, DataError, Problem, suggest
-from prunetune.data.gradients import GradientFeatures
+from prunetune.data.gradients import AdamMoments, GradientFeatures
 from prunetune.model.marks import Protection, paragraphs
 from prunetune.model.score_table import ScoreTable
 from prunetune.model.token_rows import IGNORED_LABEL, TokenRow
@@ -72,6 +72,7 @@ class Scorer:
         options: what to find.
         reference: another model of the same tokenizer, or ``"base"``: the PeftModel with its adapters off.
         validation: rows that the influence is about.
+        moments: Adam's moments of the run that trained the adapters, for the influence.
 
     Raises:
         DataError: the reference has another vocabulary, or ``influence`` has no validation rows.
@@ -85,6 +86,7 @@ class Scorer:
         *,
         reference: Any = None,
         validation: Sequence[TokenRow] = (),
+        moments: AdamMoments | None = None,
         seed: int = 0,
     ):
         self.model, self.tokenizer, self.options, self.reference = model, tokenizer, options, reference
@@ -105,7 +107,7 @@ class Scorer:
         if "influence" in options.extras:
             if not validation:
                 raise DataError("influence is about validation rows: give them with --validation")
-            self._features = GradientFeatures(model, validation, seed=seed)
+            self._features = GradientFeatures(model, validation, moments=moments, seed=seed)
 
     @property
     def facts(self) -> dict[str, Any]:

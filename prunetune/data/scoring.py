@@ -14,8 +14,8 @@ from prunetune.core.console import note
 from prunetune.core.errors import DataError
 from prunetune.core.files import read_json, sweep, write_json
 from prunetune.data import store
-from prunetune.data.gradients import with_adapters
-from prunetune.data.identity import model_hash, row_id, rows_hash, template_hash, tokenizer_hash
+from prunetune.data.gradients import AdamMoments, with_adapters
+from prunetune.data.identity import digest, model_hash, row_id, rows_hash, template_hash, tokenizer_hash
 from prunetune.data.scorer import Scorer, ScoringOptions
 from prunetune.data.store import StoredScores
 from prunetune.model.score_table import ScoreTable
@@ -91,6 +91,7 @@ def score(
     options: ScoringOptions | None = None,
     reference: Any = None,
     validation: Sequence[Mapping[str, Any]] = (),
+    moments: AdamMoments | None = None,
     completion_only: bool | None = None,
     assistant_only: bool = False,
     seed: int = 0,
@@ -107,6 +108,7 @@ def score(
         options: what is found beside the token statistics.
         reference: a second model of the same tokenizer, or ``"base"`` for a PeftModel with its adapters off.
         validation: rows that ``influence`` is about.
+        moments: Adam's moments of the run that trained the PeftModel's adapters, for ``influence``.
         completion_only: see ``encode_rows``. assistant_only: see ``encode_rows``.
         seed: of random projections.
         process: (rank, number of processes); each takes every n-th shard, and only rank 0 of a finished pass reads.
@@ -141,8 +143,9 @@ def score(
     asked: list[TokenRow] = []
     if "influence" in options.extras:
         asked = [row.cut(max_length) for row in encode_rows(tokenizer, list(validation))]
+        header["influence_hash"] = digest([row.input_ids for row in asked], moments and moments.hash)
         model = model if hasattr(model, "peft_config") else with_adapters(model, seed)
-    scorer = Scorer(model, tokenizer, options, reference=reference, validation=asked, seed=seed)
+    scorer = Scorer(model, tokenizer, options, reference=reference, validation=asked, moments=moments, seed=seed)
     if folder is None:
         table = scorer.table(todo.ids, todo.rows, todo.columns, todo.opening)
         return _stored(table, todo, {**header, "facts": scorer.facts, "complete": True})

@@ -26,7 +26,10 @@ HEADER = "header.json"
 SHARDS = "shards"
 SHARD_ROWS = 256
 # What scores are scores of. Scores that differ in any of these must not be mixed.
-IDENTITY = ("tokenizer_hash", "template_hash", "max_length", "targets", "model_hash", "reference_hash", "rows_hash")
+IDENTITY = (
+    *("tokenizer_hash", "template_hash", "max_length", "targets"),
+    *("model_hash", "reference_hash", "rows_hash", "influence_hash"),
+)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 
+from prunetune.core.console import note
 from prunetune.core.errors import ConfigError, DataError, Problem
 from prunetune.data import prepare, sources
+from prunetune.data.gradients import AdamMoments
 from prunetune.data.prepare import Report
 from prunetune.data.scorer import DEFAULT_EXTRAS, ScoringOptions
 from prunetune.data.scoring import score
@@ -18,6 +20,7 @@ from prunetune.data.store import StoredScores
 from prunetune.model.resolve import resolve_model
 from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.quiet import quiet_libraries
+from prunetune.train.moments import MOMENTS_FILE, Moments
 
 BASE = "base"
 
@@ -40,7 +43,8 @@ def score_run(
 
     Args:
         data: a file, saved datasets folder or hub id.
-        model: a model folder or name, or a folder with a LoRA adapter. A smaller model of the same tokenizer scores
+        model: a model folder or name, or a folder with a LoRA adapter; a checkpoint of a run brings Adam's moments for
+            ``influence``. A smaller model of the same tokenizer scores
             faster and ranks much the same rows (a proxy).
         out: the folder of scores.
         max_length: tokens that rows are cut to; as in the training that follows.
@@ -69,6 +73,7 @@ def score_run(
     other: Any = reference if reference in (None, BASE) else _load(reference, dtype, state.device)[0]
     rows = _rows(data, "the data file", tokenizer, max_rows)
     held = _rows(validation, "--validation", tokenizer, None) if validation is not None else []
+    moments = _moments(Path(model)) if "influence" in options.extras else None
     done: StoredScores | None = None
     for _ in ("own shards", "what the other processes did"):
         done = score(
@@ -80,6 +85,7 @@ def score_run(
             options=options,
             reference=other,
             validation=held,
+            moments=moments,
             seed=seed,
             process=(state.process_index, state.num_processes),
             names={"model": model, "reference": reference, "tokenizer": tokenizer.name_or_path, "data": data},
@@ -94,9 +100,35 @@ def _load(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     """(model, tokenizer) of a model name or an adapter folder."""
     if (Path(name) / "adapter_config.json").is_file():
         base = resolve_model(str(PeftConfig.from_pretrained(name).base_model_name_or_path))
-        return PeftModel.from_pretrained(load_base(base, dtype), name).to(device), load_tokenizer(base)
+        try:
+            return PeftModel.from_pretrained(load_base(base, dtype), name).to(device), load_tokenizer(base)
+        except RuntimeError as error:
+            raise DataError(
+                f"the adapter in {name} does not fit {base.folder}: checkpoints after a freeze belong to the sliced "
+                "model. Score with a checkpoint from before it, or with the run's export"
+            ) from error
     prepared = resolve_model(name)
     return load_base(prepared, dtype).to(device), load_tokenizer(prepared)
+
+
+def _moments(folder: Path) -> AdamMoments | None:
+    """Of the optimizer, where ``folder`` is a checkpoint of a run; says which form of influence that makes."""
+    if not (folder / MOMENTS_FILE).is_file():
+        note(
+            f"influence compares gradients: {folder} has no {MOMENTS_FILE}, as a run's checkpoint has, for Adam's steps"
+        )
+        return None
+    saved = Moments.load(folder)
+    missing = sorted(name for name, kept in saved.tensors.items() if not {"exp_avg", "exp_avg_sq"} <= kept.keys())
+    if missing or not saved.tensors:
+        raise DataError(f"{folder / MOMENTS_FILE} is not Adam's, whose steps LESS is about: score without that file")
+    note("influence compares the steps that Adam would take from this checkpoint with the validation rows' gradients")
+    betas = saved.groups[0]["betas"]
+    return AdamMoments(
+        {name: kept["exp_avg"] for name, kept in saved.tensors.items()},
+        {name: kept["exp_avg_sq"] for name, kept in saved.tensors.items()},
+        (float(betas[0]), float(betas[1])),
+    )
 
 
 def _rows(source: str, field: str, tokenizer: Any, max_rows: int | None) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ from prunetune.pipeline.export_run import export_run
 from prunetune.pipeline.folder import PACKAGES, VERSIONS, read_config
 from prunetune.pipeline.loading import load_trained
 from prunetune.pipeline.run import RunReport, run
+from prunetune.pipeline.score_run import score_run
 from prunetune.train.callbacks import Interruption
 from tests.support import batch, logits, tiny_arch, tiny_folder, tiny_rows, write_rows
 from tests.train.joint_runs import metrics, timeless
@@ -266,3 +268,22 @@ def test_interruption_is_asked_for_once_per_training() -> None:
     interruption.requested = True
     with interruption:
         assert not interruption.requested
+
+
+def test_influence_of_rows_takes_adams_moments_from_a_checkpoint(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = run(configure(root, "less", train={"keep_checkpoints": 3})).folder / "train"
+    data = str(root / "rows.jsonl")
+    asked: dict[str, Any] = {"extras": ("influence",), "validation": data, "max_rows": 8, "max_length": 32}
+    shutil.copytree(checkpoints / "checkpoint-3", tmp_path / "adapter")
+    (tmp_path / "adapter" / "optimizer.safetensors").unlink()
+    found = {}
+    for folder, said in ((checkpoints / "checkpoint-3", "Adam would take"), (tmp_path / "adapter", "gradients:")):
+        scores = score_run(data, str(folder), tmp_path / f"{folder.name}_scores", **asked)
+        assert scores is not None
+        found[said] = scores.table.rows["influence"]
+        assert said in " ".join(capsys.readouterr().out.split())
+    assert not np.allclose(*found.values(), atol=1e-3)
+    with pytest.raises(DataError, match="does not fit"):
+        score_run(data, str(checkpoints / f"checkpoint-{STEPS}"), tmp_path / "sliced", **asked)

@@ -1,4 +1,4 @@
-"""LESS: rows whose gradient points where the validation rows' does."""
+"""LESS: rows that move the model where the validation rows' gradients point."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from prunetune.model.score_table import ScoreTable
 
 @SAMPLES.register("less")
 class LessSamples(SampleMethod):
-    """Rows whose projected LoRA gradient is most similar to that of a small validation set (LESS).
+    """Rows whose LoRA gradient, or Adam's step with it, is most similar to the gradients of a small validation set.
 
-    The similarity (arXiv 2402.04333) is made while scoring; here only the largest are kept.
+    The similarity (arXiv 2402.04333) is made while scoring, with Adam's moments if that was done with a checkpoint of
+    a run; here only the largest are kept.
     """
 
     paper = "arXiv 2402.04333"
