@@ -42,6 +42,8 @@ from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.trainer import PruneTuneTrainer
 from prunetune.train.settings import lora_config, sft_config
 
+# Rows that LESS aims at; they are not among those that quality is measured on.
+AIMS = 16
 FAULTS = {"shuffled": 0.2, "near_copy": 0.1, "truncated": 0.1}
 
 
@@ -51,6 +53,7 @@ class Planted:
 
     rows: list[dict[str, Any]]
     fault: dict[str, str]
+    aims: list[dict[str, Any]]
     validation: list[dict[str, Any]]
 
 
@@ -100,7 +103,7 @@ def parse() -> argparse.Namespace:
 def plant(options: argparse.Namespace, chat: bool) -> Planted:
     """Faults in fixed shares of the first rows, drawn by lot."""
     rows = training_rows(read(str(options.data / "train.jsonl"), "--data")).values
-    held = training_rows(read(str(options.data / "validation.jsonl"), "--data")).values[: options.validation_rows]
+    held = training_rows(read(str(options.data / "validation.jsonl"), "--data")).values[: AIMS + options.validation_rows]
     lot = stream(0, "planted faults")
     index = lot.permutation(len(rows))[: options.rows]
     pairs = [(rows[i]["prompt"], rows[i]["completion"]) for i in index]
@@ -124,7 +127,8 @@ def plant(options: argparse.Namespace, chat: bool) -> Planted:
     return Planted(
         made,
         {row_id(row): str(name) for row, name in zip(made, fault)},
-        [as_row(row["prompt"], row["completion"], chat) for row in held],
+        [as_row(row["prompt"], row["completion"], chat) for row in held[:AIMS]],
+        [as_row(row["prompt"], row["completion"], chat) for row in held[AIMS:]],
     )
 
 
@@ -154,7 +158,7 @@ def scored(options: argparse.Namespace, data: Planted, prepared: Any, tokenizer:
         folder=folder,
         max_length=options.length,
         options=ScoringOptions(extras=("last_layer", "embedding", "ifd", "influence")),
-        validation=data.validation[:16],
+        validation=data.aims,
     )
     assert found is not None
     return found
