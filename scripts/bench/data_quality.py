@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
 def plant(options: argparse.Namespace, chat: bool) -> Planted:
     """Faults in fixed shares of the first rows, drawn by lot."""
     rows = training_rows(read(str(options.data / "train.jsonl"), "--data")).values
-    held = training_rows(read(str(options.data / "validation.jsonl"), "--data")).values[: AIMS + options.validation_rows]
+    held = training_rows(read(str(options.data / "validation.jsonl"), "--data")).values
     lot = stream(0, "planted faults")
     index = lot.permutation(len(rows))[: options.rows]
     pairs = [(rows[i]["prompt"], rows[i]["completion"]) for i in index]
@@ -128,7 +128,7 @@ def plant(options: argparse.Namespace, chat: bool) -> Planted:
         made,
         {row_id(row): str(name) for row, name in zip(made, fault)},
         [as_row(row["prompt"], row["completion"], chat) for row in held[:AIMS]],
-        [as_row(row["prompt"], row["completion"], chat) for row in held[AIMS:]],
+        [as_row(row["prompt"], row["completion"], chat) for row in held[AIMS : AIMS + options.validation_rows]],
     )
 
 
