@@ -29,6 +29,8 @@ class Changed(nn.Module):
     """
 
     delta: Tensor
+    # What the delta is divided by; it may be set anew while the layer is in use.
+    divisor = 1.0
 
     def __init__(self, layer: Any, delta: Tensor):
         super().__init__()
@@ -39,14 +41,16 @@ class Changed(nn.Module):
     @torch.no_grad()
     def weight(self) -> Tensor:
         """(m, n) float32: the base's weight and what is left of the delta."""
-        found: Tensor = self.base_layer.weight.float() + self.delta
+        found: Tensor = self.base_layer.weight.float() + self.delta / self.divisor
         return found
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
         if isinstance(self.base_layer, nn.Embedding):
-            return out + functional.embedding(x, self.delta).to(out.dtype)
-        return out + functional.linear(x, self.delta.to(x.dtype)).to(out.dtype)
+            change = functional.embedding(x, self.delta)
+        else:
+            change = functional.linear(x, self.delta.to(x.dtype))
+        return out + (change / self.divisor).to(out.dtype)
 
 
 def live_deltas(model: nn.Module, surgery: Surgery | None = None) -> dict[str, LowRank]:
@@ -96,21 +100,26 @@ def dense_places(surgery: Surgery) -> dict[str, Place]:
 
 
 @contextlib.contextmanager
-def with_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> Iterator[None]:
+def with_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> Iterator[dict[str, Changed]]:
     """The live model with these deltas in place of its adapters; everything is as before afterwards.
 
     Args:
         model: a PeftModel. deltas: weight name -> what stands for its adapter; the others keep theirs.
+
+    Yields:
+        Weight name -> the layer that has its delta.
     """
     base, replaced = base_model(model), {}
+    changed: dict[str, Changed] = {}
     try:
         for name, delta in deltas.items():
             path = name.removesuffix(".weight")
             layer = base.get_submodule(path)
             with torch.no_grad():
-                base.set_submodule(path, Changed(layer, delta.whole()))
+                changed[name] = Changed(layer, delta.whole())
+            base.set_submodule(path, changed[name])
             replaced[path] = layer
-        yield
+        yield changed
     finally:
         for path, layer in replaced.items():
             base.set_submodule(path, layer)

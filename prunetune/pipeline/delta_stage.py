@@ -45,6 +45,7 @@ class DeltaStage:
         surgery: by which it was sliced; None: it is dense.
         config: the section. seed: of the masks.
         rows: inputs are measured on these, and open options searched.
+        seen: what the linears' inputs are on these rows, if that was measured before.
     """
 
     def __init__(
@@ -55,21 +56,40 @@ class DeltaStage:
         config: DeltaConfig,
         seed: int,
         rows: Sequence[TokenRow],
+        seen: Mapping[str, Inputs] | None = None,
     ):
         self.model, self._tokenizer, self.config, self._seed, self._rows = model, tokenizer, config, seed, rows
         self.whole: dict[str, Delta] = dict(live_deltas(model, surgery))
-        self._seen: dict[str, Inputs] = {}
+        self._seen: dict[str, Inputs] = dict(seen or {})
 
     def settle(self, drop: float | None = None) -> Searched:
         """The configured options, at another drop rate if one is given, with what they leave open searched."""
         options = self.config.method_options() | ({} if drop is None else {"drop": drop})
-        judge = Judge(self.model, self._tokenizer, self._rows)
+        method, judge = self.build(options), Judge(self.model, self._tokenizer, self._rows)
+        if method.search is not None and method.drawn:
+            return self._settle_divisors(method, options, judge)
 
         def score(tried: dict[str, Any]) -> float:
             with with_deltas(self.model, self.pruned(self.build(tried))):
                 return judge(self.model)
 
         return search(self.config.method, options, score)
+
+    def _settle_divisors(self, method: DeltaMethod, options: dict[str, Any], judge: Judge) -> Searched:
+        """As ``settle`` where only divisors are open: what stays is the same in every try, and is made once."""
+        seen = self._inputs(method)
+        kept = {
+            name: method.kept(delta, context_of(self._seed, _MODEL)) if name in seen or not method.calibrated else delta
+            for name, delta in self.whole.items()
+        }
+        with with_deltas(self.model, kept) as layers:
+
+            def score(tried: dict[str, Any]) -> float:
+                for name, divisor in self.divisors(self.build(tried)).items():
+                    layers[name].divisor = divisor or 1.0
+                return judge(self.model)
+
+            return search(self.config.method, options, score)
 
     def build(self, options: Mapping[str, Any]) -> DeltaMethod:
         """The configured method."""

@@ -4,9 +4,10 @@
 
 Each data folder holds train.jsonl and validation.jsonl. The model is tuned once for every folder and regulariser (the
 adapters stay in ``--work``), then pruned by every method at every rate, random ones under several mask seeds. What a
-method leaves open (q) is searched on rows that the perplexity is not measured on. ``grid`` holds the closed form's q
-against a brute-force grid of one q for all tensors and of multipliers of the closed form, on the measured rows
-themselves. Results are appended as they come, so a stopped bench goes on where it was; ``--summary`` prints medians.
+method leaves open (q) is searched with the first seed's masks, on rows that the perplexity is not measured on. ``grid``
+holds the closed form's q against a brute-force grid of one q for all tensors and of multipliers of the closed form, on
+the measured rows themselves. Results are appended as they come, so a stopped bench goes on where it was; ``--summary``
+prints medians.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import torch
 from peft import PeftModel
 
 from prunetune.config.schema import DeltaConfig, RunConfig
-from prunetune.core.files import read_json, write_json
+from prunetune.core.files import new_folder, read_json, write_json
 from prunetune.data.load import load_bundle
+from prunetune.export.changed import live_deltas
 from prunetune.methods.deltas import DELTAS, check_delta
+from prunetune.model.delta_inputs import Inputs, measure_inputs
 from prunetune.model.resolve import resolve_model
 from prunetune.model.token_rows import TokenRow, token_rows
 from prunetune.pipeline.delta_stage import SEARCH_ROWS, DeltaStage
@@ -82,7 +85,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rows", type=int, default=64, help="rows that perplexity is measured on")
+    parser.add_argument("--search-rows", type=int, default=SEARCH_ROWS, help="rows that open options are searched on")
     parser.add_argument("--summary", action="store_true")
     return parser.parse_args()
 
@@ -102,19 +107,22 @@ class Subject:
             "regularize": regularize,
             "strength": options.strength if regularize != "none" else None,
             "steps": options.steps,
+            "learning_rate": options.learning_rate,
         }
         prepared = resolve_model(options.model)
         self._tokenizer = load_tokenizer(prepared)
         config = self._settings(data)
         bundle = load_bundle(config.data, tokenizer=self._tokenizer, max_length=options.length)
         rows = self._encoded(bundle.validation)
-        self._search_rows, self._measured = rows[:SEARCH_ROWS], rows[SEARCH_ROWS:]
+        self._search_rows, self._measured = rows[: options.search_rows], rows[options.search_rows :]
         strength = "" if regularize == "none" else f"-{options.strength:g}"
         folder = options.work / f"{data.name}-{regularize}{strength}-{options.steps}"
         if not folder.exists():
             self._train(config, prepared, bundle, folder)
         base = load_base(prepared, "float32").to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = PeftModel.from_pretrained(base, folder).eval()
+        self._seen: dict[str, Inputs] = {}
+        self._settled: dict[tuple[str, float], dict[str, Any]] = {}
 
     def _settings(self, data: Path) -> RunConfig:
         options = self._options
@@ -126,14 +134,19 @@ class Subject:
             data={
                 "train": str(data / "train.jsonl"),
                 "validation": str(data / "validation.jsonl"),
-                "validation_rows": SEARCH_ROWS + options.rows,
+                "validation_rows": options.search_rows + options.rows,
                 "max_rows": options.steps * options.batch,
             },
             target={"kept": "100%"},
             compensation={"method": "none"},
             delta=delta,
             lora={"rank": options.rank, "alpha": 2 * options.rank},
-            train={"max_steps": options.steps, "batch_size": options.batch, "max_length": options.length},
+            train={
+                "max_steps": options.steps,
+                "batch_size": options.batch,
+                "max_length": options.length,
+                "learning_rate": options.learning_rate,
+            },
         )
 
     def _encoded(self, rows: Any) -> list[TokenRow]:
@@ -150,7 +163,8 @@ class Subject:
                 prune=config.prune(),
             )
             trainer.train()
-            trainer.model.save_pretrained(folder)
+            with new_folder(folder) as place:
+                trainer.model.save_pretrained(place)
 
     def rows(self, done: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """(what is measured, the figures) of everything that is not done yet."""
@@ -174,15 +188,25 @@ class Subject:
 
     def _stage(self, name: str, seed: int) -> DeltaStage:
         config = DeltaConfig(method=name.partition(":")[0], **METHODS[name])
-        return DeltaStage(self._model, self._tokenizer, None, config, seed, self._search_rows)
+        return DeltaStage(self._model, self._tokenizer, None, config, seed, self._search_rows, self._inputs())
+
+    def _inputs(self) -> dict[str, Inputs]:
+        """What the linears see, measured once for all methods."""
+        if not self._seen:
+            device = next(self._model.parameters()).device
+            ids = [torch.tensor([row.input_ids], device=device) for row in self._search_rows]
+            batches = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+            self._seen = measure_inputs(self._model.get_base_model(), live_deltas(self._model), batches)
+        return self._seen
 
     def _measure(self, name: str, drop: float, seed: int) -> dict[str, Any]:
-        stage = self._stage(name, seed)
-        settled = stage.settle(drop)
-        method = stage.build(settled.options)
+        if (name, drop) not in self._settled:
+            self._settled[name, drop] = self._stage(name, self._options.seeds[0]).settle(drop).options
+        options, stage = self._settled[name, drop], self._stage(name, seed)
+        method = stage.build(options)
         found: dict[str, Any] = {"perplexity": stage.perplexity(method, self._measured)}
-        if settled.option:
-            found |= {"searched": settled.option, "value": settled.options[settled.option]}
+        if asked := stage.build(METHODS[name] | {"drop": drop}).search:
+            found |= {"searched": asked.option, "value": options[asked.option]}
         if divisors := stage.divisors(method):
             found["median_q"] = median(divisors.values())
         return found

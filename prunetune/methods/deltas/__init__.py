@@ -87,6 +87,8 @@ class DeltaMethod(ABC):
     paper: ClassVar[str] = ""
     # Whether chance decides what stays: safe for small changes only.
     random: ClassVar[bool] = False
+    # Whether survivors are those of ``dare.masked``: a seed and two names draw their places again.
+    drawn: ClassVar[bool] = False
     # With the options it was given: whether it needs inputs seen on calibration rows, which option is left to a search,
     # and whether it ranks the entries of all tensors together.
     calibrated: bool = False
@@ -99,6 +101,14 @@ class DeltaMethod(ABC):
     @abstractmethod
     def apply(self, delta: Delta, context: DeltaContext) -> Delta:
         """The pruned delta, same shape and place."""
+
+    def kept(self, delta: Delta, context: DeltaContext) -> Delta:
+        """What stays, before it is divided by ``divisor``."""
+        return self.apply(delta, context)
+
+    def divisor(self, delta: Delta, context: DeltaContext) -> float:
+        """What survivors are divided by to make ``apply``'s delta of ``kept``'s; 0 if there are none."""
+        return 1.0
 
     def on_factors(self, delta: LowRank, context: DeltaContext) -> LowRank | None:
         """The pruned delta as an adapter's factors; None: the method cannot keep it one."""

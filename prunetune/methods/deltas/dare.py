@@ -34,25 +34,31 @@ class Dare(DeltaMethod):
 
     Options = DareOptions
     paper = "arXiv 2311.03099"
-    random = True
+    random = drawn = True
 
     def __init__(self, options: DareOptions):
         super().__init__(options)
         self.options: DareOptions = options
 
     def apply(self, delta: Delta, context: DeltaContext) -> Delta:
-        dropped = masked(delta, context, self.options.drop)
-        if self.options.rescale == "l1":
-            whole, left = (sum(float(block.abs().sum()) for _, block in part.blocks()) for part in (delta, dropped))
-            return divided(dropped, left / whole if whole and left else 1.0)
-        return divided(dropped, self._divisor())
+        return divided(self.kept(delta, context), self.divisor(delta, context))
+
+    def kept(self, delta: Delta, context: DeltaContext) -> Delta:
+        return masked(delta, context, self.options.drop)
+
+    def divisor(self, delta: Delta, context: DeltaContext) -> float:
+        if self.options.rescale != "l1":
+            return self._fixed_divisor()
+        parts = (delta, self.kept(delta, context))
+        whole, left = (sum(float(block.abs().sum()) for _, block in part.blocks()) for part in parts)
+        return left / whole if whole and left else 1.0
 
     def on_factors(self, delta: LowRank, context: DeltaContext) -> LowRank | None:
         if self.options.rescale == "l1":
             return None
-        return masked_factors(delta, context, self.options.drop, self._divisor())
+        return masked_factors(delta, context, self.options.drop, self._fixed_divisor())
 
-    def _divisor(self) -> float:
+    def _fixed_divisor(self) -> float:
         rescale = self.options.rescale
         return float({"inverse_keep": 1 - self.options.drop, "none": 1.0}.get(str(rescale), rescale))
 

@@ -38,7 +38,7 @@ class DarexOptions(DropOptions):
         return value
 
 
-@DELTAS.register("darex_q")
+@DELTAS.register("darex_q", "darex")
 class DarexQ(DeltaMethod):
     """As dare, but survivors are divided by q >= 1 - drop: searched, by the paper's rule, or in closed form.
 
@@ -48,7 +48,7 @@ class DarexQ(DeltaMethod):
 
     Options = DarexOptions
     paper = "arXiv 2410.09344"
-    random = True
+    random = drawn = True
 
     def __init__(self, options: DarexOptions):
         super().__init__(options)
@@ -66,7 +66,10 @@ class DarexQ(DeltaMethod):
             self.search = Search("eta", (0.1, 0.25, 0.5, 1.0, 2.0))
 
     def apply(self, delta: Delta, context: DeltaContext) -> Delta:
-        return divided(masked(delta, context, self.options.drop), self.divisor(delta, context))
+        return divided(self.kept(delta, context), self.divisor(delta, context))
+
+    def kept(self, delta: Delta, context: DeltaContext) -> Delta:
+        return masked(delta, context, self.options.drop)
 
     def on_factors(self, delta: LowRank, context: DeltaContext) -> LowRank:
         return masked_factors(delta, context, self.options.drop, self.divisor(delta, context))
