@@ -27,25 +27,40 @@ class Registry(Generic[T]):
         self.kind = kind
         self.package = package
         self._entries: dict[str, T] = {}
+        self._aliases: dict[str, str] = {}
         self._discovered = False
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that enters a class, function or object under ``name``."""
+    def register(self, name: str, *aliases: str) -> Callable[[T], T]:
+        """Decorator that enters a class, function or object under ``name``; ``aliases`` are understood, too."""
 
         def enter(entry: T) -> T:
-            if name in self._entries and self._entries[name] is not entry:
-                raise ValueError(f"two {self.kind}s are called {name!r}")
+            for each in (name, *aliases):
+                known = self._entries.get(self._aliases.get(each, each), entry)
+                if known is not entry:
+                    raise ValueError(f"two {self.kind}s are called {each!r}")
             self._entries[name] = entry
+            self._aliases |= dict.fromkeys(aliases, name)
             return entry
 
         return enter
 
     def get(self, name: str) -> T:
         """The entry called ``name``; raises ConfigError with a suggestion if there is none."""
+        found = self.canonical(name)
+        if found not in self._entries:
+            known = [*self._entries, *self._aliases]
+            raise ConfigError([Problem(f"unknown {self.kind} {name!r}; {suggest(name, known)}")])
+        return self._entries[found]
+
+    def canonical(self, name: str) -> str:
+        """The name that an alias stands for; any other name as it is."""
         self._discover()
-        if name not in self._entries:
-            raise ConfigError([Problem(f"unknown {self.kind} {name!r}; {suggest(name, self._entries)}")])
-        return self._entries[name]
+        return self._aliases.get(name, name)
+
+    def aliases(self, name: str) -> list[str]:
+        """Other names of an entry, sorted."""
+        self._discover()
+        return sorted(alias for alias, known in self._aliases.items() if known == name)
 
     def names(self) -> list[str]:
         """All names, sorted."""

@@ -50,7 +50,7 @@ def _check_selection(config: RunConfig) -> list[Problem]:
 
 @functools.cache
 def registered_names(package: str) -> tuple[str, ...]:
-    """Names that the modules of a plug-in package register, without importing them."""
+    """Names and aliases that the modules of a plug-in package register, without importing them."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations or () if spec else ()
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
@@ -59,14 +59,11 @@ def registered_names(package: str) -> tuple[str, ...]:
 
 def _names_in(tree: ast.Module) -> list[str]:
     return [
-        call.args[0].value
+        name.value
         for call in ast.walk(tree)
-        if isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Attribute)
-        and call.func.attr == "register"
-        and len(call.args) == 1
-        and isinstance(call.args[0], ast.Constant)
-        and isinstance(call.args[0].value, str)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "register"
+        for name in call.args
+        if isinstance(name, ast.Constant) and isinstance(name.value, str)
     ]
 
 

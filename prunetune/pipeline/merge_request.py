@@ -98,7 +98,7 @@ class MergeRequest:
         return found
 
     def _rescale_problems(self) -> list[Problem]:
-        method = self.delta or HOWS[self.how].delta
+        method = self._asked
         if self.rescale is None:
             return []
         if method not in ("dare", "darex_q", "structural", "identity"):
@@ -109,9 +109,14 @@ class MergeRequest:
         return []
 
     @property
+    def _asked(self) -> str:
+        """Name of the delta method before --rescale has its say."""
+        return DELTAS.canonical(self.delta or HOWS[self.how].delta)
+
+    @property
     def method(self) -> str:
         """Name of the delta method."""
-        method = self.delta or HOWS[self.how].delta
+        method = self._asked
         if self.rescale is None or method == "structural":
             return method
         # Without rows there is nothing to find q by: dare's own divisor is unbiased.
@@ -175,6 +180,7 @@ def parse_rule(text: str) -> Rule:
     weights, method = values.pop("weights", None), values.pop("delta", None)
     if method is not None:
         DELTAS.get(method)
+        method = DELTAS.canonical(method)
     return Rule(pattern, None if weights is None else parse_weights(weights, f"--for {text}"), method, values)
 
 

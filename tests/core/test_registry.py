@@ -60,6 +60,19 @@ def test_two_of_one_name_are_refused():
         registry.register("a")(object())
 
 
+def test_an_alias_is_understood_and_not_listed():
+    registry = Registry("thing", "prunetune.core")
+    entry = registry.register("first", "old")(object())
+    assert registry.get("old") is registry.get("first") is entry
+    assert (registry.canonical("old"), registry.canonical("other")) == ("first", "other")
+    assert registry.names() == ["first"]
+    assert registry.aliases("first") == ["old"]
+    with pytest.raises(ValueError, match="two things are called 'old'"):
+        registry.register("old")(object())
+    with pytest.raises(ConfigError, match="did you mean 'old'"):
+        registry.get("odl")
+
+
 def test_a_broken_file_is_not_passed_over_in_silence(package):
     (package / "broken.py").write_text("import a_module_that_is_not_there\n")
     from methods_of_a_test import THINGS

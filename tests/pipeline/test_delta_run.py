@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from prunetune.config.load import load_config
 from prunetune.core.errors import ConfigError
 from prunetune.export.changed import live_deltas, with_deltas
-from prunetune.methods.deltas import build_delta, context_of
+from prunetune.methods.deltas import DELTAS, build_delta, context_of
 from prunetune.model.plan import Plan
 from prunetune.model.resolve import resolve_model
 from prunetune.model.surgery import Surgery
@@ -138,7 +138,7 @@ def test_other_methods_and_few_rows(delta: dict[str, Any], root: Path) -> None:
     ("words", "said"),
     [
         (["delta.drop=90%"], "set it to darex_q"),
-        (["delta=darex"], "did you mean 'dare'"),
+        (["delta=darx"], "did you mean 'darex'"),
         (["delta=dare", "delta.drop=150%"], "too large"),
         (["delta.strength=1"], "without delta.regularize"),
         (["delta=rank", "delta.outliers=1"], "no such option"),
@@ -153,3 +153,11 @@ def test_the_short_form_names_the_method() -> None:
     config = load_config(None, ["model=smollm2-135m", "target=60%", "delta=darex_q", "delta.drop=95%"])
     assert (config.delta.method, config.delta.drop, config.delta.keeps_all) == ("darex_q", 0.95, False)
     assert config.prune().delta == config.delta
+
+
+def test_darex_is_another_name_of_darex_q() -> None:
+    words = ["delta.method=darex", "delta.drop=90%", "delta.regularize=l2"]
+    config = load_config(None, ["model=smollm2-135m", "target=60%", *words], checks=[check_methods])
+    assert type(build_delta(config.delta.method, config.delta.method_options())) is DELTAS.get("darex_q")
+    assert "darex" not in DELTAS.names()
+    assert DELTAS.aliases("darex_q") == ["darex"]

@@ -139,7 +139,8 @@ def _methods(
         told = [f"{fact}: {_words(getattr(method, fact))}" for fact in facts if getattr(method, fact)]
         below = "; ".join([*told, *([method.paper] if method.paper else [])])
         what = escape(registry.summary(name)) + (f"\n[dim]{escape(below)}[/dim]" if below else "")
-        table.add_row(name + (f"\n[dim]({mark})[/dim]" if marked else ""), what)
+        beside = [*([mark] if marked else []), *(f"or {alias}" for alias in registry.aliases(name))]
+        table.add_row(name + "".join(f"\n[dim]({word})[/dim]" for word in beside), what)
         for key, field in method.Options.model_fields.items():
             value = "required" if field.is_required() else _shown(field.default)
             options.add_row(name, key, value, field.description or "")
