@@ -1,10 +1,16 @@
-"""Pruned deltas in a small file: values only. Their places are drawn again from the seed, so positions cost nothing.
+"""Pruned deltas in a small file: the survivors' values, and where they stand in whatever takes the fewest bytes.
 
-Layout, in a safetensors file: for every changed matrix ``values.<name>`` (its surviving entries, row by row, unscaled)
-and ``counts.<name>`` (int64, survivors before each row, m + 1 of them); whole tensors as ``whole.<name>``. The header
-holds format, version, seed, model name, drop rate, each matrix's shape and divisor, and a fingerprint of the base. An
-entry (i, j) of a matrix survives if word (i, j) of the lattice named ("dare", model, matrix) is below
-round((1 - drop) * 2^32); see ``core.streams.lattice``.
+Layout, in a safetensors file: for every matrix ``values.<name>`` (survivors row by row, not yet divided) and
+``counts.<name>`` (survivors of each row), and by its encoding
+
+* seed: nothing more; entry (i, j) survives if word (i, j) of the lattice named ("dare", model, matrix) is below
+  round((1 - drop) * 2^32), see ``core.streams.lattice``;
+* gaps: ``gaps.<name>`` and ``lengths.<name>`` (bytes of each row), see ``delta_codes``;
+* bitmask: ``bits.<name>``;
+* dense: all entries are values, and there are no counts.
+
+Whole tensors are ``whole.<name>``. The header holds format, version, method, seed, model name, each matrix's shape,
+encoding, drop rate and divisor, a fingerprint of the base, and a digest of everything.
 """
 
 from __future__ import annotations
@@ -12,72 +18,149 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunetune.core.errors import PlanMismatchError, UnsupportedModelError
 from prunetune.core.files import new_file
-from prunetune.model.deltas import Delta, Place, threshold, words_of
-from prunetune.model.shards import ShardReader, read_header
+from prunetune.model.delta_codes import bits, bits_width, from_bits, from_gaps, gap_lengths, gaps
+from prunetune.model.deltas import Delta, Place, stays_of
+from prunetune.model.shards import ShardReader, TensorEntry, read_header
+from prunetune.model.tensor_spool import TensorSpool, tensor_digest
 from prunetune.model.tuned import BaseSlices, Tuned
 
-FORMAT, VERSION, SUFFIX = "prunetune-delta", 1, ".delta"
+FORMAT, VERSION, SUFFIX = "prunetune-delta", 2, ".delta"
 _PURPOSE = "dare"
+# Of rows that are coded at once; places of survivors take several times the bytes of a block meanwhile.
+_BLOCK_BYTES = 8 * 2**20
+_INTEGERS = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Encoding -> tensors with a number a row.
+_INDEXES: dict[str, tuple[str, ...]] = {
+    "seed": ("counts",),
+    "bitmask": ("counts",),
+    "gaps": ("counts", "lengths"),
+    "dense": (),
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of one matrix.
+
+    Args:
+        delta: the survivors, not yet divided. divisor: what they are divided by.
+        drawn: the rate at which the lattice that is named in the module's docstring dropped the rest; None: something
+            else did.
+    """
+
+    delta: Delta
+    divisor: float = 1.0
+    drawn: float | None = None
 
 
 @torch.no_grad()
 def save_delta(
     path: Path,
-    tuned: Tuned,
-    base: BaseSlices,
+    kept: Iterable[Kept],
+    whole: Mapping[str, Callable[[], Tensor]],
+    base: ShardReader,
     *,
-    drop: float,
-    divisors: Mapping[str, float] | float,
+    method: str,
+    model: str,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Writes what random dropping leaves of a tuned model, in one step.
+) -> dict[str, dict[str, int]]:
+    """Writes a delta file in one step, row block by row block; every matrix is looked at twice.
 
     Args:
         path: file to write; must not exist.
-        tuned: adapter or model. base: what it was trained on.
-        drop: fraction of the entries that is dropped. divisors: what survivors are divided by, one for all or by name.
-        seed: of the masks. dtype: of the stored values; bfloat16 rounds each by 0.4% at most.
+        kept: of every changed matrix. whole: name -> tensors that are taken whole. base: what they belong to.
+        method: what pruned it, for the header. model, seed: of the lattice.
+        dtype: of the stored values; bfloat16 rounds each by 0.4% at most.
+
+    Returns:
+        Name -> encoding -> bytes that the matrix would take, the encoding that was taken first.
 
     Raises:
         FileExistsError: ``path`` exists.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists; name another file")
-    tensors: dict[str, Tensor] = {f"whole.{name}": build().clone() for name, build in tuned.replaced(base).items()}
-    matrices, limit = {}, threshold(1 - drop)
-    for name, shape in tuned.changed(base).items():
-        place = Place(name, shape)
-        values, counts = [], [torch.zeros(1, dtype=torch.int64)]
-        for start, block in tuned.delta(place, base).blocks():
-            stays = words_of(place, seed, tuned.folder.name, _PURPOSE, start, start + len(block)) < limit
-            values.append(block[stays].to(dtype))
-            counts.append(stays.sum(1))
-        tensors[f"values.{name}"] = torch.cat(values)
-        tensors[f"counts.{name}"] = torch.cat(counts).cumsum(0)
-        divisor = divisors if isinstance(divisors, float) else divisors[name]
-        matrices[name] = {"shape": list(shape), "divisor": divisor}
-    facts = {"version": VERSION, "seed": seed, "model": tuned.folder.name, "drop": drop, "matrices": matrices}
-    said = json.dumps(facts | {"base": base_fingerprint(base.reader)})
+    matrices: dict[str, Any] = {}
+    sizes: dict[str, dict[str, int]] = {}
     with new_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "facts": said, "sha256": _digest(said, tensors)})
+        spool = TensorSpool(temporary.parent)
+        for name, build in whole.items():
+            spool.add(f"whole.{name}", build())
+        for part in kept:
+            name, stays = part.delta.place.name, partial(_stays, part, model, seed)
+            matrices[name], sizes[name] = _write(spool, part, stays, dtype)
+        facts = {"version": VERSION, "method": method, "seed": seed, "model": model, "matrices": matrices}
+        said = json.dumps(facts | {"base": base_fingerprint(base)})
+        spool.finish(temporary, {"format": FORMAT, "facts": said, "sha256": _digest(said, spool.digests())})
         temporary.chmod(0o644)
+    return sizes
+
+
+def _stays(part: Kept, model: str, seed: int, start: int, block: Tensor) -> Tensor:
+    """(b, n) bool: the survivors of the rows that begin at ``start``."""
+    if part.drawn is None:
+        return block != 0
+    return stays_of(part.delta.place, seed, model, _PURPOSE, start, start + len(block), 1 - part.drawn)
+
+
+def _write(
+    spool: TensorSpool, part: Kept, stays: Callable[[int, Tensor], Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Spools one matrix; (its entry of the header, bytes by encoding, the smallest first)."""
+    delta, (m, n) = part.delta, part.delta.shape
+    name = delta.place.name
+    counts, lengths = [], []
+    for start, block in delta.blocks(_BLOCK_BYTES):
+        found = stays(start, block)
+        counts.append(found.sum(1))
+        lengths.append(gap_lengths(found))
+    narrow = {"counts": _narrow(torch.cat(counts)), "lengths": _narrow(torch.cat(lengths))}
+    index = {key: tensor.numel() * tensor.dtype.itemsize for key, tensor in narrow.items()}
+    values = int(torch.cat(counts).sum()) * dtype.itemsize + index["counts"]
+    sizes = {"seed": values} if part.drawn is not None else {}
+    sizes |= {
+        "gaps": values + index["lengths"] + int(torch.cat(lengths).sum()),
+        "bitmask": values + m * bits_width(n),
+        "dense": m * n * dtype.itemsize,
+    }
+    encoding = min(sizes, key=sizes.__getitem__)
+    for key, tensor in narrow.items():
+        if encoding == "gaps" or (key == "counts" and encoding != "dense"):
+            spool.append(f"{key}.{name}", tensor)
+    for start, block in delta.blocks(_BLOCK_BYTES):
+        found = torch.ones_like(block, dtype=torch.bool) if encoding == "dense" else stays(start, block)
+        spool.append(f"values.{name}", block[found].to(dtype))
+        if encoding == "gaps":
+            spool.append(f"gaps.{name}", gaps(found))
+        elif encoding == "bitmask":
+            spool.append(f"bits.{name}", bits(found))
+    entry = {"shape": [m, n], "encoding": encoding, "divisor": part.divisor}
+    entry |= {"drop": part.drawn} if encoding == "seed" else {}
+    return entry, dict(sorted(sizes.items(), key=lambda pair: pair[0] != encoding))
+
+
+def _narrow(numbers: Tensor) -> Tensor:
+    """The same whole numbers in the fewest bytes each."""
+    largest = int(numbers.max())
+    return numbers.to(next(kind for kind in _INTEGERS.values() if largest <= torch.iinfo(kind).max))
 
 
 class DeltaFile(Tuned):
-    """A file that ``save_delta`` wrote.
+    """A file that ``save_delta`` wrote; values are read when they are asked for.
 
     Args:
         path: the file.
@@ -88,29 +171,36 @@ class DeltaFile(Tuned):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        read_header(path)  # says so if the file is cut short
+        entries = read_header(path)  # says so if the file is cut short
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                self._tensors = {name: file.get_tensor(name) for name in names}
+            self._file = safe_open(path, framework="pt")
+            metadata = self._file.metadata() or {}
         except SafetensorError as error:
             raise _damaged(path, str(error)) from error
         if metadata.get("format") != FORMAT:
             raise UnsupportedModelError(f"{path} is no delta file; make one with `prunetune delta save`")
         said = metadata.get("facts", "")
-        if _digest(said, self._tensors) != metadata.get("sha256"):
+        if _digest(said, {name: tensor_digest(self._read(name)) for name in entries}) != metadata.get("sha256"):
             raise UnsupportedModelError(f"{path} was changed after it was written; copy it again")
         try:
             self.facts: dict[str, Any] = json.loads(said)
             if self.facts["version"] != VERSION:
                 raise UnsupportedModelError(
-                    f"{path} has version {self.facts['version']}; this prunetune reads {VERSION}"
+                    f"{path} has version {self.facts['version']}; this prunetune reads {VERSION}: save it anew"
                 )
-            if fault := _fault(self.facts, self._tensors):
+            if fault := _fault(self.facts, entries, self._read):
                 raise _damaged(path, fault)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, f"its header is not readable ({error})") from error
+        self._whole = [name for name in entries if name.startswith("whole.")]
+
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def _part(self, name: str, start: int, stop: int) -> Tensor:
+        tensor: Tensor = self._file.get_slice(name)[start:stop]
+        return tensor
 
     def changed(self, base: BaseSlices) -> dict[str, tuple[int, int]]:
         found = base_fingerprint(base.reader)
@@ -130,32 +220,66 @@ class DeltaFile(Tuned):
     def delta(self, place: Place, base: BaseSlices) -> Delta:
         if place.rows is not None or place.columns is not None:
             raise PlanMismatchError(f"{self.folder} is for the dense base; apply it there, then prune")
-        values, counts = self._tensors[f"values.{place.name}"], self._tensors[f"counts.{place.name}"]
-        divisor = float(self.facts["matrices"][place.name]["divisor"]) or 1.0
-        return _Stored(place, values, counts, divisor, self.facts)
+        entry = self.facts["matrices"][place.name]
+        if entry["encoding"] == "dense":
+            return _Dense(place, self._part, entry)
+        indexes = {key: self._read(f"{key}.{place.name}").long() for key in _INDEXES[entry["encoding"]]}
+        return _Sparse(place, self._part, entry, indexes, self.facts)
 
     def replaced(self, base: BaseSlices) -> dict[str, Callable[[], Tensor]]:
-        names = [name for name in self._tensors if name.startswith("whole.")]
-        return {name.removeprefix("whole."): partial(self._tensors.__getitem__, name) for name in names}
+        return {name.removeprefix("whole."): partial(self._read, name) for name in self._whole}
 
 
-class _Stored(Delta):
-    """Values put back where the seed says."""
+class _Dense(Delta):
+    """Every entry is stored."""
 
-    def __init__(self, place: Place, values: Tensor, counts: Tensor, divisor: float, facts: Mapping[str, Any]):
+    def __init__(self, place: Place, part: Callable[[str, int, int], Tensor], entry: Mapping[str, Any]):
         super().__init__(place)
-        self._values, self._counts, self._divisor, self._facts = values, counts, divisor, facts
+        self._part, self._divisor = part, float(entry["divisor"]) or 1.0
 
     def rows(self, start: int, stop: int) -> Tensor:
-        facts = self._facts
-        words = words_of(self.place, facts["seed"], facts["model"], _PURPOSE, start, stop)
+        n = self.place.shape[1]
+        return self._part(f"values.{self.place.name}", start * n, stop * n).reshape(-1, n).float() / self._divisor
+
+
+class _Sparse(Delta):
+    """Values put back where they stood."""
+
+    def __init__(
+        self,
+        place: Place,
+        part: Callable[[str, int, int], Tensor],
+        entry: Mapping[str, Any],
+        indexes: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+    ):
+        super().__init__(place)
+        self._part, self._entry, self._indexes, self._facts = part, entry, indexes, facts
+        # (m + 1,) where each row's values, or bytes, begin.
+        self._starts = {
+            key: torch.cat([torch.zeros(1, dtype=torch.int64), numbers.cumsum(0)]) for key, numbers in indexes.items()
+        }
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        first, last = self._starts["counts"][[start, stop]].tolist()
+        values = self._part(f"values.{self.place.name}", first, last)
+        stays = self._stays(start, stop)
+        if stays is None or not torch.equal(stays.sum(1), self._indexes["counts"][start:stop]):
+            raise UnsupportedModelError(f"the delta of {self.place.name} has other places than values; copy it again")
         found = torch.zeros(stop - start, self.place.shape[1])
-        stays = words < threshold(1 - facts["drop"])
-        values = self._values[self._counts[start] : self._counts[stop]]
-        if len(values) != int(stays.sum()):
-            raise UnsupportedModelError(f"the delta of {self.place.name} has other places than its seed draws")
         found[stays] = values.float()
-        return found / self._divisor
+        return found / (float(self._entry["divisor"]) or 1.0)
+
+    def _stays(self, start: int, stop: int) -> Tensor | None:
+        name, n, facts = self.place.name, self.place.shape[1], self._facts
+        if self._entry["encoding"] == "seed":
+            keep = 1 - float(self._entry["drop"])
+            return stays_of(self.place, facts["seed"], facts["model"], _PURPOSE, start, stop, keep)
+        if self._entry["encoding"] == "bitmask":
+            width = bits_width(n)
+            return from_bits(self._part(f"bits.{name}", start * width, stop * width), n)
+        first, last = self._starts["lengths"][[start, stop]].tolist()
+        return from_gaps(self._part(f"gaps.{name}", first, last), self._indexes["lengths"][start:stop], n)
 
 
 def base_fingerprint(reader: ShardReader) -> str:
@@ -172,27 +296,43 @@ def _damaged(path: Path, fact: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"the delta file {path} is damaged: {fact}; copy it again")
 
 
-def _fault(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+def _fault(facts: Mapping[str, Any], entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor]) -> str | None:
     """What is wrong with a header that says it was not changed; None if nothing is."""
     if not (isinstance(facts["model"], str) and isinstance(facts["base"], str) and type(facts["seed"]) is int):
         return "its model, base or seed is of the wrong kind"
-    if not 0 <= float(facts["drop"]) <= 1:
-        return f"it drops {facts['drop']}"
-    for name, entry in facts["matrices"].items():
-        m, n = entry["shape"]
-        values, counts = tensors[f"values.{name}"], tensors[f"counts.{name}"]
-        if not (type(m) is int and type(n) is int and min(m, n) > 0 and math.isfinite(float(entry["divisor"]))):
-            return f"shape or divisor of {name}"
-        if values.dim() != 1 or counts.dtype != torch.int64 or tuple(counts.shape) != (m + 1,):
-            return f"values or counts of {name} have the wrong shape"
-        if int(counts[0]) != 0 or int(counts[-1]) != len(values) or bool((counts.diff() < 0).any()):
-            return f"the counts of {name} do not add up"
+    faults = (_matrix_fault(name, entry, entries, read) for name, entry in facts["matrices"].items())
+    return next((fault for fault in faults if fault), None)
+
+
+def _matrix_fault(
+    name: str, entry: Mapping[str, Any], entries: Mapping[str, TensorEntry], read: Callable[[str], Tensor]
+) -> str | None:
+    """The same of one matrix: its numbers against the tensors that are there."""
+    (m, n), encoding = entry["shape"], entry["encoding"]
+    if not (type(m) is int and type(n) is int and min(m, n) > 0 and math.isfinite(float(entry["divisor"]))):
+        return f"shape or divisor of {name}"
+    if encoding == "seed" and not 0 <= float(entry["drop"]) <= 1:
+        return f"it drops {entry['drop']} of {name}"
+    values = entries[f"values.{name}"]
+    sizes = {"dense": {"values": m * n}, "bitmask": {"bits": m * bits_width(n)}}.get(encoding, {})
+    vectors = ["values", *_INDEXES[encoding], *{"gaps": ["gaps"], "bitmask": ["bits"]}.get(encoding, [])]
+    sizes |= dict.fromkeys(_INDEXES[encoding], m)
+    for kind in vectors:
+        found = entries[f"{kind}.{name}"]
+        fitting = {"values": _FLOATS, "gaps": ("U8",), "bits": ("U8",)}.get(kind, _INTEGERS)
+        if found.dtype not in fitting or found.shape != (sizes.get(kind, math.prod(found.shape)),):
+            return f"{kind} of {name} are {found.dtype} of {found.shape}"
+    totals = {"counts": values.shape[0], "lengths": entries[f"gaps.{name}"].shape[0] if encoding == "gaps" else 0}
+    for kind in _INDEXES[encoding]:
+        numbers = read(f"{kind}.{name}").long()
+        if int(numbers.min()) < 0 or int(numbers.max()) > totals[kind] or int(numbers.sum()) != totals[kind]:
+            return f"the {kind} of {name} do not add up"
     return None
 
 
-def _digest(said: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(said: str, tensors: Mapping[str, str]) -> str:
+    """Of the header's facts and of every tensor's name and digest."""
     found = hashlib.sha256(said.encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, digest in sorted(tensors.items()):
+        found.update(f"{name} {digest}".encode())
     return found.hexdigest()

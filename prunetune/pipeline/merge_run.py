@@ -1,4 +1,4 @@
-"""`prunetune merge` and `prunetune delta ...`: names to folders, calibration and searches, then the merge."""
+"""`prunetune merge` and `prunetune delta info`: names to folders, calibration and searches, then the merge."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ import torch
 from prunetune.core.console import note, warn
 from prunetune.core.errors import ConfigError, DataError, Problem
 from prunetune.core.files import sha256
-from prunetune.core.sizes import format_bytes
 from prunetune.export.adapter_merge import write_adapter
 from prunetune.export.combine import HOWS
 from prunetune.export.merge_source import Source
 from prunetune.export.stream_merge import MergeSettings, StreamMerge
 from prunetune.methods.deltas import build_delta
-from prunetune.methods.deltas.darex_q import DarexOptions, DarexQ
 from prunetune.model.architecture import describe
-from prunetune.model.delta_file import DeltaFile, base_fingerprint, save_delta
+from prunetune.model.delta_file import DeltaFile, base_fingerprint
 from prunetune.model.delta_inputs import Inputs
 from prunetune.model.deltas import Delta, alignment
 from prunetune.model.plan import Plan
@@ -56,39 +54,6 @@ def merge_run(request: MergeRequest, out: Path, *, overwrite: bool = False) -> N
     else:
         write_quantized(found.base, merge, found.trained, out, facts, replace=overwrite)
     note(f"merged {len(request.folders)} model(s) into {len(merge.changed)} matrices: {out}")
-
-
-def save_run(request: MergeRequest, out: Path, *, drop: float) -> None:
-    """`prunetune delta save`: what random dropping leaves of one adapter or model, in a file without positions.
-
-    Survivors are divided by 1 - drop when the file is applied, or by the closed form's q if there are calibration rows.
-
-    Raises:
-        DataError: ``out`` exists, or several sources are named.
-    """
-    if len(request.folders) != 1:
-        raise DataError("a delta file holds one adapter or model; save each one apart")
-    if out.exists():
-        raise DataError(f"{out} exists; name another file")
-    dropping = replace(request, delta="dare", options={"drop": drop})
-    merge = ready(request).merge
-    refuse_large_changes(ready(replace(dropping, calibration=None)).merge, dropping)
-    [source] = merge.sources
-    method = DarexQ(DarexOptions(drop=drop, q="closed_form" if request.calibration else (1 - drop) or 1.0))
-    divisors: dict[str, float] = {}
-    for name in merge.changed:
-        context = source.context(name, merge.settings.seed)
-        known = request.calibration is None or context.inputs is not None
-        divisors[name] = method.divisor(merge.parts(name)[0].delta, context) if known else 1 - drop
-    dtype = merge.settings.dtype or torch.bfloat16
-    save_delta(out, source.tuned, merge.slices, drop=drop, divisors=divisors, seed=merge.settings.seed, dtype=dtype)
-    before = sum(file.stat().st_size for file in request.folders[0].glob("*.safetensors"))
-    after = out.stat().st_size
-    note(f"{out}: {format_bytes(after)}, from {format_bytes(before)}")
-    if after > before:
-        warn(
-            "the file is larger than what it was made from: a low-rank adapter is small already; drop more, or keep it"
-        )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Delta files: exactly the masked delta, for the right base only, damaged ones refused."""
+"""Delta files: exactly the pruned delta in the smallest encoding, for the right base only, damaged ones refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from typer.testing import CliRunner
 from prunetune.cli.main import app
 from prunetune.core.errors import DataError, PlanMismatchError, UnsupportedModelError
 from prunetune.export.stream_merge import MergeSettings
+from prunetune.model import delta_file
 from prunetune.model.delta_file import DeltaFile
+from prunetune.model.deltas import Place
+from prunetune.model.shards import ShardReader
+from prunetune.model.tuned import BaseSlices
+from prunetune.pipeline.delta_save import save_run
 from prunetune.pipeline.merge_request import MergeRequest
-from prunetune.pipeline.merge_run import save_run
 from tests.export.test_stream_merge import CONFIGS, adapter, merged, saved, tensors
 from tests.support import tiny_model
 
@@ -26,11 +30,15 @@ def stored(
     base: Path,
     tuned: Path,
     file: Path,
-    drop: float = 0.7,
+    drop: float | None = 0.7,
     settings: MergeSettings = EXACT,
     allow_large: bool = True,
+    delta: str | None = None,
 ) -> Path:
-    save_run(MergeRequest([tuned], str(base), settings=settings, allow_large=allow_large), file, drop=drop)
+    options = {} if drop is None else {"drop": drop}
+    save_run(
+        MergeRequest([tuned], str(base), delta=delta, options=options, settings=settings, allow_large=allow_large), file
+    )
     return file
 
 
@@ -41,10 +49,55 @@ def test_applying_a_file_is_merging_with_dare(kind, base, tmp_path):
     expected = tensors(merged(tmp_path, [tuned], base, "direct", delta="dare", options={"drop": 0.7}, allow_large=True))
     found = tensors(merged(tmp_path, [file], base, "applied"))
     assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6, msg=name)
+    assert all(torch.equal(found[name], expected[name]) for name in expected), "bit for bit"
     small = tensors(merged(tmp_path, [file], base, "blocks", settings=MergeSettings(block_bytes=1)))
     assert all(torch.equal(small[name], found[name]) for name in found)
+
+
+# Method, rate -> the encoding that is the smallest for it.
+SMALLEST = {
+    ("dare", 0.7): "seed",
+    ("dare", 1.0): "seed",
+    ("dare", 0.0): "dense",
+    ("magnitude", 0.6): "bitmask",
+    ("magnitude", 0.97): "gaps",
+    ("magnitude", 1.0): "gaps",
+    ("della", 0.9): "gaps",
+    ("structural", 0.5): "bitmask",
+    ("rank", None): "dense",
+    ("identity", None): "dense",
+}
+
+
+@pytest.mark.parametrize(("delta", "drop"), SMALLEST)
+def test_every_method_comes_back_bit_for_bit_in_the_smallest_encoding(
+    delta: str, drop: float | None, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = adapter(base, tmp_path / "adapter")
+    file = stored(base, tuned, tmp_path / "small.delta", drop, delta=delta)
+    said = " ".join(capsys.readouterr().out.split())
+    found = DeltaFile(file)
+    encodings = [entry["encoding"] for entry in found.facts["matrices"].values()]
+    assert max(set(encodings), key=encodings.count) == SMALLEST[delta, drop]
+    assert f"smallest encoding: {encodings[0]}" in said
+    options = {} if drop is None else {"drop": drop}
+    expected = tensors(merged(tmp_path, [tuned], base, "direct", delta=delta, options=options, allow_large=True))
+    applied = tensors(merged(tmp_path, [file], base, "applied"))
+    assert all(torch.equal(applied[name], expected[name]) for name in expected)
+    slices = BaseSlices(ShardReader(base), {})
+    for name, shape in found.changed(slices).items():
+        part = found.delta(Place(name, shape), slices)
+        pieces = [part.rows(start, min(start + 7, shape[0])) for start in range(0, shape[0], 7)]
+        assert torch.equal(torch.cat(pieces), part.whole())
+
+
+def test_files_are_written_block_by_block(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = adapter(base, tmp_path / "adapter")
+    for delta in ("dare", "magnitude"):
+        whole = stored(base, tuned, tmp_path / f"{delta}.delta", 0.9, delta=delta)
+        monkeypatch.setattr(delta_file, "_BLOCK_BYTES", 1)
+        assert stored(base, tuned, tmp_path / f"{delta}1.delta", 0.9, delta=delta).read_bytes() == whole.read_bytes()
+        monkeypatch.undo()
 
 
 def test_a_whole_models_delta_shrinks_with_what_is_dropped(base, tmp_path):
@@ -93,9 +146,13 @@ def test_save_and_apply_as_they_are_typed(base, tmp_path, monkeypatch):
     words = ["delta", "save", "adapter", "--base", "base", "--drop", "90%", "--calibration", "rows.jsonl"]
     done = CliRunner().invoke(app, [*words, "--out", "tiny.delta"])
     assert done.exit_code == 0, done.output
+    assert "smallest encoding: seed" in done.output
     divisors = [entry["divisor"] for entry in DeltaFile(tmp_path / "tiny.delta").facts["matrices"].values()]
     assert min(divisors) > 0.1, "q of the closed form"
     done = CliRunner().invoke(app, ["delta", "apply", "tiny.delta", "--base", "base", "--out", "merged"])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "merged/config.json").exists()
     assert CliRunner().invoke(app, [*words[:5], "--drop", "120%", "--out", "x.delta"]).exit_code == 2
+    done = CliRunner().invoke(app, [*words[:7], "--delta", "magnitude", "--out", "largest.delta"])
+    assert done.exit_code == 0, done.output
+    assert DeltaFile(tmp_path / "largest.delta").facts["method"] == "magnitude"

@@ -24,12 +24,14 @@ from prunetune.data.scoring import score
 from prunetune.data.store import HEADER, read_scores, shard_path
 from prunetune.model.architecture import describe
 from prunetune.model.budget import full_shape, plan_shape, total_params
-from prunetune.model.delta_file import DeltaFile, save_delta
+from prunetune.model.delta_file import DeltaFile, Kept, _digest, save_delta
+from prunetune.model.deltas import Delta, Place
 from prunetune.model.gguf_file import metadata_config
 from prunetune.model.plan import Plan
 from prunetune.model.resolve import check_folder, read_config
 from prunetune.model.shards import ShardReader, read_header
 from prunetune.model.surgery import Surgery
+from prunetune.model.tensor_spool import tensor_digest
 from prunetune.model.tuned import Adapter, BaseSlices
 from prunetune.train.checkpoint import damage, newest, write_marker
 from tests.properties.strategies import JSON, as_json, damaged, mutated
@@ -190,8 +192,6 @@ def _adapter(folder: Path) -> Path:
 
 
 def _deltas(tuned: Any, base: BaseSlices) -> dict[str, torch.Tensor]:
-    from prunetune.model.deltas import Place
-
     return {
         name: tuned.delta(Place(name, shape), base).rows(0, shape[0]) for name, shape in tuned.changed(base).items()
     }
@@ -212,12 +212,35 @@ def adapters_are_sound_or_refused(folder: Path, data: st.DataObject) -> None:
     accepted(lambda: _deltas(Adapter(copy), base))
 
 
+class _Fixed(Delta):
+    """A matrix that is there."""
+
+    def __init__(self, name: str, matrix: torch.Tensor):
+        super().__init__(Place(name, (matrix.shape[0], matrix.shape[1])))
+        self._matrix = matrix
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self._matrix[start:stop]
+
+
+def _delta_file(folder: Path, data: st.DataObject) -> Path:
+    """A file with one matrix as its seed draws it, the other in one of the encodings with places."""
+    base, encoding = ShardReader(_adapter(folder).parent / "base"), data.draw(st.sampled_from(["gaps", "bitmask"]))
+    path = folder / f"{encoding}.delta"
+    if not path.exists():
+        (one, drawn), (other, kept) = _deltas(Adapter(folder / "adapter"), BaseSlices(base, {})).items()
+        bound = kept.abs().flatten().quantile(0.97 if encoding == "gaps" else 0.5)
+        parts = [Kept(_Fixed(one, drawn), 0.5, 0.5), Kept(_Fixed(other, kept * (kept.abs() > bound)))]
+        save_delta(path, parts, {}, base, method="dare", model="m", seed=3, dtype=torch.float32)
+        found = {entry["encoding"] for entry in DeltaFile(path).facts["matrices"].values()}
+        assert found == {"seed", encoding}
+    return path
+
+
 @given(st.data())
 def delta_files_are_as_written_or_refused(folder: Path, data: st.DataObject) -> None:
-    base, path = BaseSlices(ShardReader(_adapter(folder).parent / "base"), {}), folder / "a.delta"
-    if not path.exists():
-        tuned = Adapter(folder / "adapter")
-        save_delta(path, tuned, base, drop=0.5, divisors=0.5, seed=3, dtype=torch.float32)
+    path = _delta_file(folder, data)
+    base = BaseSlices(ShardReader(folder / "base"), {})
     wanted = _deltas(DeltaFile(path), base)
     (folder / "b.delta").write_bytes(data.draw(damaged(path.read_bytes())))
     found = accepted(lambda: _deltas(DeltaFile(folder / "b.delta"), base))
@@ -231,28 +254,32 @@ def forged_delta_files_are_sound_or_refused(folder: Path, data: st.DataObject) -
     """Written anew with a digest that is right, by somebody who means harm."""
     from safetensors import safe_open
 
-    from prunetune.model.delta_file import _digest
-
-    base, path = BaseSlices(ShardReader(_adapter(folder).parent / "base"), {}), folder / "a.delta"
-    if not path.exists():
-        save_delta(path, Adapter(folder / "adapter"), base, drop=0.5, divisors=0.5, seed=3, dtype=torch.float32)
+    path = _delta_file(folder, data)
+    base = BaseSlices(ShardReader(folder / "base"), {})
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(file.metadata()["facts"])
-    said = as_json(data.draw(mutated(facts)))
+    said = as_json(data.draw(mutated(facts) | st.just(facts)))
     name = data.draw(st.sampled_from(sorted(tensors)))
-    change = data.draw(st.sampled_from(["keep", "cut", "double", "float", "reverse"]))
-    tensor = tensors[name]
+    tensor, place = tensors[name], data.draw(st.integers(0, len(tensors[name]) - 1))
+    changed = tensor.clone()
+    changed[place] = data.draw(st.sampled_from([0, 1, 255 if tensor.dtype == torch.uint8 else -1]))
+    change = data.draw(st.sampled_from(["keep", "one", "cut", "double", "float", "wide", "reverse"]))
     tensors[name] = {
         "keep": tensor,
+        "one": changed,
         "cut": tensor[:-1].clone(),
         "double": tensor * 2,
         "float": tensor.double(),
+        "wide": tensor.long() * 2**61,
         "reverse": tensor.flip(0),
     }[change]
-    metadata = {"format": "prunetune-delta", "facts": said, "sha256": _digest(said, tensors)}
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    metadata = {"format": "prunetune-delta", "facts": said, "sha256": _digest(said, digests)}
     save_file(tensors, folder / "b.delta", metadata=metadata)
-    accepted(lambda: _deltas(DeltaFile(folder / "b.delta"), base))
+    found = accepted(lambda: _deltas(DeltaFile(folder / "b.delta"), base))
+    for name, delta in (found or {}).items():
+        assert tuple(delta.shape) == base.shape(name)
 
 
 # ---- scores and checkpoints

@@ -119,29 +119,34 @@ def info(sources: Folders, base: Base, plan: Plan = None, calibration: Calibrati
 def save(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder of a LoRA adapter or fine-tuned model")],
     base: Base,
-    drop: Annotated[str, typer.Option("--drop", help="share of the delta that is dropped by lot, e.g. 99%")],
     out: Annotated[Path, typer.Option("--out", help="file to write, e.g. tiny.delta")],
+    drop: Annotated[str | None, typer.Option("--drop", help="share of the delta that is dropped, e.g. 99%")] = None,
+    method: Annotated[
+        str | None, typer.Option("--delta", help="what drops it; default: chance, see `prunetune list deltas`")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="further options of the delta method")
+    ] = None,
     calibration: Calibration = None,
     dtype: Annotated[str, typer.Option(help="of the stored values: float32, bfloat16 or float16")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="of the random mask")] = 0,
     allow_large: AllowLarge = False,
 ) -> None:
-    """Store what random dropping leaves of a delta: values only, places are drawn again from the seed."""
-    from prunetune.core.errors import ConfigError, Problem
-    from prunetune.core.sizes import parse_fraction
+    """Store what is left of a pruned delta: values, and their places in whatever takes the fewest bytes."""
     from prunetune.export.stream_merge import MergeSettings
+    from prunetune.pipeline.delta_save import save_run
     from prunetune.pipeline.merge_request import MergeRequest
-    from prunetune.pipeline.merge_run import save_run
 
-    try:
-        share = parse_fraction(drop)
-    except ValueError as error:
-        raise ConfigError([Problem(str(error), "--drop")]) from None
-    if not 0 <= share <= 1:
-        raise ConfigError([Problem(f"{drop} is not between 0% and 100%", "--drop")])
-    settings = MergeSettings(seed=seed, dtype=_dtype(dtype))
-    request = MergeRequest([source], base, calibration=calibration, settings=settings, allow_large=allow_large)
-    save_run(request, out, drop=share)
+    request = MergeRequest(
+        [source],
+        base,
+        delta=method,
+        options=_options(drop, options),
+        calibration=calibration,
+        settings=MergeSettings(seed=seed, dtype=_dtype(dtype)),
+        allow_large=allow_large,
+    )
+    save_run(request, out)
 
 
 @delta.command("apply")
