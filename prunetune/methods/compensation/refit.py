@@ -10,7 +10,7 @@ from prunetune.core.errors import PrunetuneError
 from prunetune.methods.compensation import COMPENSATIONS, Compensation
 from prunetune.methods.options import MethodOptions
 
-_COLUMNS = 512
+_BLOCK = 512
 
 
 class RefitOptions(MethodOptions):
@@ -47,17 +47,19 @@ class Refit(Compensation):
         ridge = self.options.ridge * float(moment.diagonal().double().mean())
         if ridge == 0.0:
             return dense  # nothing ever reaches this linear
-        inner = moment.index_select(0, kept).index_select(1, kept).double()
+        # As few float64 copies as can be, because one of the moment is larger than a layer of a wide model.
+        inner = moment[kept[:, None], kept].double()
         inner.diagonal().add_(ridge)
-        # The ridge pulls toward the weights that stay as they are, not toward zero: with no data nothing changes.
-        # Columns in blocks, because all of them in float64 would be larger than the moment itself.
-        double = weight.double()
-        blocks = [double @ moment.index_select(1, part).double() for part in kept.split(_COLUMNS)]
-        right = torch.cat(blocks, dim=1) + ridge * dense.double()
-        factor, fault = torch.linalg.cholesky_ex(inner)
+        factor, fault = torch.linalg.cholesky_ex(inner, out=(inner, inner.new_empty((), dtype=torch.int32)))
         if int(fault):
             raise PrunetuneError(
                 "refit: the second moment of a linear's inputs is not positive definite to working precision. Set "
                 "compensation.ridge higher, or compensation: none"
             )
-        return torch.cholesky_solve(right.T, factor).T.float()
+        # The ridge pulls toward the weights that stay as they are, not toward zero: with no data nothing changes.
+        for rows, stay in zip(weight.split(_BLOCK), dense.split(_BLOCK)):
+            double = rows.double()
+            blocks = [double @ moment.index_select(1, part).double() for part in kept.split(_BLOCK)]
+            right = torch.cat(blocks, dim=1) + ridge * stay
+            stay.copy_(torch.cholesky_solve(right.T, factor).T)
+        return dense
