@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from prunetune.core.errors import DataError, suggest
 from prunetune.core.files import read_json
-from prunetune.data.selection import TOKENIZER
 from prunetune.data.selection_audit import AUDIT, TOKENS, from_runs
 from prunetune.data.selection_facts import FACTS
+from prunetune.data.selection_folder import TOKENIZER
 
 State = Literal["context", "kept", "dropped"]
 Decode = Callable[[Sequence[int]], str]

@@ -9,7 +9,8 @@ from prunetune.core.errors import DataError
 from prunetune.core.files import write_text
 from prunetune.core.streams import stream
 from prunetune.data.audit import WrittenSelection, read_selection
-from prunetune.data.selection import Selection, select, write_selection
+from prunetune.data.selection import Selection, select
+from prunetune.data.selection_folder import write_selection
 from prunetune.report.selection import SelectionRecord, ShownExample, selection_html
 
 REPORT = "report.html"

@@ -6,7 +6,8 @@ import pytest
 
 from prunetune.core.errors import DataError
 from prunetune.data.audit import diff, explain, pieces, read_selection
-from prunetune.data.selection import select, write_selection
+from prunetune.data.selection import select
+from prunetune.data.selection_folder import write_selection
 from tests.data.selections import stored, tokenizer_folder
 from tests.support import tiny_tokenizer
 

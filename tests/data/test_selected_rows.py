@@ -9,7 +9,7 @@ from prunetune.config.schema import DataConfig
 from prunetune.core.errors import DataError
 from prunetune.data import score, select
 from prunetune.data.load import load_bundle
-from prunetune.data.selection import write_selection
+from prunetune.data.selection_folder import write_selection
 from tests.data.test_scoring import rows
 from tests.support import tiny_model, tiny_tokenizer
 

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from prunetune.core.errors import ConfigError, DataError
-from prunetune.data.selection import select, write_selection
+from prunetune.data.selection import select
 from prunetune.data.selection_audit import audit_rows, from_runs, to_runs
 from prunetune.data.selection_facts import projected_cost, selection_facts
+from prunetune.data.selection_folder import write_selection
 from prunetune.data.store import StoredScores, write_scores
 from prunetune.methods.reasons import REASONS
 from prunetune.methods.samples import SAMPLES
