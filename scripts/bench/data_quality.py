@@ -29,7 +29,7 @@ import numpy as np
 from prunetune.config.schema import RunConfig, SelectionConfig
 from prunetune.core.files import write_json
 from prunetune.core.streams import stream
-from prunetune.data.scorer import ScoringOptions
+from prunetune.data.scorer import DEFAULT_EXTRAS, ScoringOptions
 from prunetune.data.scoring import row_id, score
 from prunetune.data.selection import select
 from prunetune.data.sources import read, training_rows
@@ -62,9 +62,9 @@ def main() -> None:
     prepared = resolve_model(options.model)
     tokenizer = load_tokenizer(prepared)
     data = plant(options, bool(tokenizer.chat_template))
-    scores = scored(options, data, prepared, tokenizer)
-    done: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
     recipes = options.recipes or (sorted(SAMPLES.names()) if options.what == "recall" else ["all", "clean", "random"])
+    scores = scored(options, recipes, data, prepared, tokenizer)
+    done: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
     for recipe in recipes:
         for seed in options.seeds:
             key = {"what": options.what, "recipe": recipe, "kept": options.kept, "seed": seed}
@@ -148,8 +148,12 @@ def as_row(prompt: str, completion: str, chat: bool) -> dict[str, Any]:
     }
 
 
-def scored(options: argparse.Namespace, data: Planted, prepared: Any, tokenizer: Any) -> StoredScores:
-    """One pass with everything that the methods read; made once."""
+def scored(
+    options: argparse.Namespace, recipes: list[str], data: Planted, prepared: Any, tokenizer: Any
+) -> StoredScores:
+    """One pass with everything that the recipes' methods read; made once."""
+    needs = {need for recipe in recipes if recipe in SAMPLES.names() for need in SAMPLES.get(recipe).needs}
+    dear = [name for name, column in {"ifd": "direct_nll", "influence": "influence"}.items() if column in needs]
     folder = options.scores or options.out.with_suffix(".scores")
     found = score(
         data.rows,
@@ -157,7 +161,7 @@ def scored(options: argparse.Namespace, data: Planted, prepared: Any, tokenizer:
         tokenizer,
         folder=folder,
         max_length=options.length,
-        options=ScoringOptions(extras=("last_layer", "embedding", "ifd", "influence")),
+        options=ScoringOptions(extras=(*DEFAULT_EXTRAS, *dear)),
         validation=data.aims,
     )
     assert found is not None
