@@ -83,11 +83,13 @@ def _sizes(plan: RunPlan) -> Table:
 def _shapes(plan: RunPlan) -> Table:
     shown = plan.candidates[:_SHOWN_SHAPES]
     more = len(plan.candidates) - len(shown)
-    table = _table("layers", "query heads", "KV groups", "MLP channels")
+    hidden = "hidden" in plan.config.target.units
+    table = _table("layers", "query heads", "KV groups", "MLP channels", *(["hidden size"] if hidden else []))
     for shape in shown:
-        table.add_row(str(shape.layers), str(shape.query_heads), str(shape.kv_groups), str(shape.mlp_channels))
+        widths = [shape.layers, shape.query_heads, shape.kv_groups, shape.mlp_channels]
+        table.add_row(*map(str, widths), *([str(shape.width(plan.architecture))] if hidden else []))
     if more:
-        table.add_row(f"and {more} smaller", "", "", "")
+        table.add_row(f"and {more} smaller")
     return table
 
 

@@ -120,6 +120,14 @@ FEATURES: dict[str, Feature] = {
         },
     ),
     "dropping a part of what was learnt": Feature("delta", {"zero3": _PARTS, "fsdp2": _PARTS}),
+    "pruning the hidden width": Feature(
+        "target.units: [hidden]",
+        {
+            engine: "{engine} holds embeddings and norms in a form that is not cut"
+            for engine in ("zero2", "zero3", "fsdp2")
+        },
+        "launch with ddp, or leave hidden out of target.units",
+    ),
     "quantised bases": Feature(
         "model.quantize",
         {"zero3": f"{_PARTS}, and packed ones do not divide", "fsdp2": f"{_PARTS}, and packed ones do not divide"},

@@ -49,10 +49,11 @@ def _target(config: RunConfig) -> Iterator[Finding]:
     repeated = sorted({kind for kind in target.units if target.units.count(kind) > 1})
     if repeated:
         yield "target.units", f"names {', '.join(repeated)} twice; name each kind once"
-    if target.align != 64 and "mlp_channels" not in target.units:
+    if target.align != 64 and not {"mlp_channels", "hidden"} & set(target.units):
         yield (
             "target.align",
-            f"{target.align} rounds MLP widths, but target.units has no mlp_channels; add it, or remove this",
+            f"{target.align} rounds MLP and hidden widths, but target.units has neither mlp_channels nor hidden; add "
+            "one, or remove this",
         )
 
 

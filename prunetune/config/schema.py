@@ -32,7 +32,7 @@ Fraction = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0.0, le=1.
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
-UnitKind = Literal["mlp_channels", "kv_groups", "query_heads", "layers"]
+UnitKind = Literal["mlp_channels", "kv_groups", "query_heads", "layers", "hidden"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -153,7 +153,7 @@ class TargetConfig(Section):
     units: tuple[UnitKind, ...] = Field(
         ("mlp_channels", "kv_groups"), description="the structures that the planner may remove"
     )
-    align: int = Field(64, ge=1, description="MLP widths are multiples of this")
+    align: int = Field(64, ge=1, description="MLP widths, and a pruned hidden width, are multiples of this")
 
     @model_validator(mode="before")
     @classmethod

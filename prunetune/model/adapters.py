@@ -17,7 +17,7 @@ from prunetune.model.architecture import Architecture
 from prunetune.model.families import Columns, Rows, Writers
 from prunetune.model.quantized import weight_of
 from prunetune.model.surgery import base_model
-from prunetune.model.units import LAYERS_SITE, Site, span_features
+from prunetune.model.units import Site, span_features
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class AdapterView:
         base, family = base_model(model), arch.family
         owners: dict[tuple[int, str], list[Owner]] = {}
         for site in sites:
-            for layer in range(arch.layers) if site.kind == LAYERS_SITE else [site.layer]:
-                for part in family.units[site.kind]:
+            for layer in range(arch.layers) if site.layer < 0 else [site.layer]:
+                for part in family.parts(site.kind):
                     for role in family.modules if isinstance(part, Writers) else [part.role]:
                         owners.setdefault((layer, role), []).append(_owner(arch, site, layer, part))
         self.linears = tuple(

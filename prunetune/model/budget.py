@@ -14,27 +14,34 @@ from prunetune.core.errors import BudgetError
 from prunetune.core.sizes import format_bytes, format_count, format_fraction
 from prunetune.model.architecture import Architecture
 from prunetune.model.plan import Plan
+from prunetune.model.units import HIDDEN
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """Uniform widths: the same in every layer that stays."""
+    """Uniform widths: the same in every layer that stays. ``hidden`` 0: the residual stream is as wide as it was."""
 
     layers: int
     kv_groups: int
     queries_per_group: int
     mlp_channels: int
+    hidden: int = 0
 
     @property
     def query_heads(self) -> int:
         """Query heads of a layer."""
         return self.kv_groups * self.queries_per_group
 
+    def width(self, arch: Architecture) -> int:
+        """The hidden size."""
+        return self.hidden or arch.hidden_size
+
     def __str__(self) -> str:
         heads = f"{self.query_heads} query heads in {self.kv_groups} KV groups"
-        return f"{self.layers} layers x ({heads}, MLP {self.mlp_channels})"
+        hidden = f", hidden {self.hidden}" if self.hidden else ""
+        return f"{self.layers} layers x ({heads}, MLP {self.mlp_channels}){hidden}"
 
 
 def full_shape(arch: Architecture) -> Shape:
@@ -49,11 +56,13 @@ def plan_shape(arch: Architecture, plan: Plan) -> Shape:
         BudgetError: widths differ between layers, which no stock config can say.
     """
     layers = plan.kept_layers(arch)
-    shapes = set()
+    stream = len(plan.kept_units(arch, -1, HIDDEN))
+    hidden, shapes = 0 if stream == arch.hidden_size else stream, set()
     for layer in layers:
         groups = len(plan.kept_units(arch, layer, "kv_groups"))
         heads = len(plan.kept_query_heads(arch, layer))
-        shapes.add(Shape(len(layers), groups, heads // groups, len(plan.kept_units(arch, layer, "mlp_channels"))))
+        channels = len(plan.kept_units(arch, layer, "mlp_channels"))
+        shapes.add(Shape(len(layers), groups, heads // groups, channels, hidden))
     if len(shapes) != 1:
         raise BudgetError(
             "the plan has different widths in different layers; stock model classes have one width for all layers. "
@@ -64,7 +73,7 @@ def plan_shape(arch: Architecture, plan: Plan) -> Shape:
 
 def layer_decoder_params(arch: Architecture, shape: Shape) -> int:
     """Decoder-linear parameters of one layer, biases included."""
-    d, hd = arch.hidden_size, arch.head_dim
+    d, hd = shape.width(arch), arch.head_dim
     q, kv = shape.query_heads * hd, shape.kv_groups * hd
     weights = d * (2 * q + 2 * kv) + 3 * d * shape.mlp_channels
     biases = 0
@@ -82,9 +91,9 @@ def decoder_params(arch: Architecture, shape: Shape) -> int:
 
 def total_params(arch: Architecture, shape: Shape) -> int:
     """All parameters; tied embeddings counted once."""
-    d = arch.hidden_size
+    d = shape.width(arch)
     embeddings = arch.vocab_size * d * (1 if arch.tied_embeddings else 2)
-    norms = shape.layers * (arch.family.norms_per_layer * d + (2 * arch.head_dim if arch.family.qk_norm else 0)) + d
+    norms = shape.layers * (len(arch.family.norms) * d + (2 * arch.head_dim if arch.family.qk_norm else 0)) + d
     return decoder_params(arch, shape) + embeddings + norms
 
 
@@ -97,7 +106,7 @@ def flops_per_token(arch: Architecture, shape: Shape, context: int) -> int:
     """Forward FLOPs of one token with ``context`` tokens before it: linears, attention products, LM head."""
     linears = 2 * decoder_params(arch, shape)
     attention = shape.layers * 4 * context * shape.query_heads * arch.head_dim
-    return linears + attention + 2 * arch.vocab_size * arch.hidden_size
+    return linears + attention + 2 * arch.vocab_size * shape.width(arch)
 
 
 def kv_cache_bytes_per_token(arch: Architecture, shape: Shape, dtype: str) -> int:

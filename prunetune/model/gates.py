@@ -1,8 +1,9 @@
 """Gates: numbers in [0, 1] that multiply what a unit hands to its consumer, without wrapping any module.
 
-A forward pre-hook multiplies the consumer's input (a forward hook the writers' outputs, for whole layers), so
-adapters and quantised bases work unchanged and a closed gate equals a removed unit. The gates are leaf tensors
-outside the model: no engine shards them, no optimizer decays them, no clipping mixes them with the adapters.
+A forward pre-hook multiplies the consumer's input (a forward hook the writers' outputs, for whole layers and for the
+hidden width), so adapters and quantised bases work unchanged and a closed gate equals a removed unit. The gates are
+leaf tensors outside the model: no engine shards them, no optimizer decays them, no clipping mixes them with the
+adapters.
 Legend: B batch, S sequence, F features of the gated tensor, U units, T = B * S tokens.
 """
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from prunetune.core.errors import UnsupportedModelError
-from prunetune.model.units import Site
+from prunetune.model.stream import EPSILON_NAMES
+from prunetune.model.units import HIDDEN, Site
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,11 @@ class GateSet:
         self._model = model
         self._values: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
+        self._open: dict[str, float] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._bypassed = False
+        # Norm -> its attribute and value of epsilon, as they are without gates.
+        self._epsilons: dict[nn.Module, tuple[str, float]] = {}
 
     def attach(self) -> None:
         """Installs the hooks, with all gates open."""
@@ -128,16 +133,24 @@ class GateSet:
         for site in self.sites:
             for index, path in enumerate(site.gated):
                 module = _submodule(self._model, path, site)
-                if site.kind == "layers":
-                    unit = index * site.size // len(site.gated)
+                if site.kind in ("layers", HIDDEN):
+                    unit = index * site.size // len(site.gated) if site.kind == "layers" else None
                     self._handles.append(module.register_forward_hook(self._output_hook(site, unit)))
                 else:
                     self._handles.append(module.register_forward_pre_hook(self._input_hook(site)))
+            for path in site.norms:
+                norm = _submodule(self._model, path, site)
+                name = next(name for name in EPSILON_NAMES if hasattr(norm, name))
+                self._epsilons[norm] = name, float(getattr(norm, name))
+                self._handles.append(norm.register_forward_pre_hook(self._norm_hook(site)))
 
     def detach(self) -> None:
         """Removes the hooks; the model is as if there had never been gates."""
         for handle in self._handles:
             handle.remove()
+        for norm, (name, epsilon) in self._epsilons.items():
+            setattr(norm, name, epsilon)
+        self._epsilons.clear()
         self._handles.clear()
         self._values.clear()
         self._squares.clear()
@@ -166,6 +179,8 @@ class GateSet:
                 raise ValueError(f"gates of {site.name} must have shape ({site.size},)")
             device = self._device(site)
             self._values[site.name] = value.detach().to(device, torch.float32).clone().requires_grad_()
+            if site.norms:
+                self._open[site.name] = float(value.detach().double().mean())
             if self.record_squares:
                 self._squares[site.name] = torch.zeros(site.size, device=device)
 
@@ -199,15 +214,27 @@ class GateSet:
 
         return gate_input
 
-    def _output_hook(self, site: Site, unit: int) -> Any:
+    def _output_hook(self, site: Site, unit: int | None) -> Any:
+        own = slice(None) if unit is None else slice(unit, unit + 1)
+
         def gate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if self._bypassed:
                 return output
-            gate = self._values[site.name][unit : unit + 1]
             square = self._square(site)
-            return _Gate.apply(output, gate, 1, None if square is None else square[unit : unit + 1])
+            return _Gate.apply(output, self._values[site.name][own], 1, None if square is None else square[own])
 
         return gate_output
+
+    def _norm_hook(self, site: Site) -> Any:
+        """A norm over D dimensions of which n are open divides by the root of sum / D + epsilon; the norm over these n
+        by that of sum / n + epsilon. With epsilon * n / D in the former they differ by a factor alone (stream.py)."""
+
+        def scale_epsilon(module: nn.Module, args: tuple[Any, ...]) -> None:
+            name, epsilon = self._epsilons[module]
+            open_ = 1.0 if self._bypassed else self._open[site.name]
+            setattr(module, name, epsilon * open_)
+
+        return scale_epsilon
 
 
 def _submodule(model: nn.Module, path: str, site: Site) -> nn.Module:

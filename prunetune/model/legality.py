@@ -12,19 +12,21 @@ from prunetune.model.budget import Shape
 HEADS_DIVIDE_HIDDEN = frozenset({"llama", "gemma2", "gemma3_text"})
 
 
-def heads_legal(arch: Architecture, query_heads: int) -> bool:
-    """Whether a stock config of this class can say this number of query heads.
+def heads_legal(arch: Architecture, query_heads: int, hidden: int = 0) -> bool:
+    """Whether a stock config of this class can say this number of query heads beside this hidden size (0: its own).
 
-    The dense model's own count is always legal: its config exists.
+    The dense model's own widths are always legal: its config exists.
     """
-    if query_heads == arch.query_heads:
+    if query_heads == arch.query_heads and hidden in (0, arch.hidden_size):
         return True
-    return arch.model_type not in HEADS_DIVIDE_HIDDEN or arch.hidden_size % query_heads == 0
+    return arch.model_type not in HEADS_DIVIDE_HIDDEN or (hidden or arch.hidden_size) % query_heads == 0
 
 
 def config_values(arch: Architecture, shape: Shape) -> dict[str, Any]:
     """The config.json fields that say a uniform shape. head_dim is always written: it must not be derived."""
+    hidden = {"hidden_size": shape.hidden} if shape.hidden else {}
     return {
+        **hidden,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.query_heads,
         "num_key_value_heads": shape.kv_groups,

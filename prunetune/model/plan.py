@@ -15,7 +15,7 @@ from typing import Any
 from prunetune.core.errors import PlanMismatchError
 from prunetune.core.files import read_json, write_json
 from prunetune.model.architecture import Architecture
-from prunetune.model.units import LAYERS_SITE, kind_size, parse_site, site_name
+from prunetune.model.units import HIDDEN, LAYERS_SITE, kind_size, parse_site, site_name
 
 FORMAT = "prunetune-plan"
 VERSION = 1
@@ -36,8 +36,8 @@ class Plan:
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def kept_units(self, arch: Architecture, layer: int, kind: str) -> tuple[int, ...]:
-        """Indices that stay at a site (use layer -1 for whole layers)."""
-        name = LAYERS_SITE if kind == LAYERS_SITE else site_name(layer, kind)
+        """Indices that stay at a site (the layer means nothing for whole layers and the hidden width)."""
+        name = kind if kind in (LAYERS_SITE, HIDDEN) else site_name(layer, kind)
         return self.kept.get(name, tuple(range(kind_size(arch, kind))))
 
     def kept_layers(self, arch: Architecture) -> tuple[int, ...]:

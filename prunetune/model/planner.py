@@ -7,8 +7,9 @@ the planner takes the one that loses the least score; scores of different kinds 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from prunetune.model.architecture import Architecture
 from prunetune.model.budget import Budget, Shape, describe_kept, full_shape, kept_fractions
 from prunetune.model.legality import heads_legal
 from prunetune.model.plan import Plan
-from prunetune.model.units import LAYERS_SITE, Site, site_name, sites
+from prunetune.model.units import HIDDEN, LAYERS_SITE, Site, site_name, sites
 
 Vector = NDArray[np.float64]
 
@@ -48,28 +49,34 @@ class Planner:
             raise BudgetError(self._impossible())
 
     def shape_candidates(self, budget: Budget, align: int) -> list[Shape]:
-        """For every legal (layers, KV groups, queries per group) the widest MLP that meets the budget."""
-        full = full_shape(self.arch)
-        found = []
-        for layers in _counts(full.layers, "layers" in self.target.units):
-            for groups in _counts(full.kv_groups, "kv_groups" in self.target.units):
-                for queries in _counts(full.queries_per_group, "query_heads" in self.target.units):
-                    if heads_legal(self.arch, groups * queries):
-                        width = self._widest_mlp(budget, align, layers, groups, queries)
-                        if width:
-                            found.append(Shape(layers, groups, queries, width))
-        return found
+        """For every legal choice of the other widths the widest MLP that meets the budget."""
+        widened = (self._widest_mlp(budget, align, shape) for shape in self._shapes())
+        return [shape for shape in widened if shape is not None]
 
-    def _widest_mlp(self, budget: Budget, align: int, layers: int, groups: int, queries: int) -> int:
-        full = self.arch.mlp_channels
-        if budget.cost(self.arch, Shape(layers, groups, queries, full)) <= budget.limit:
-            return full
+    def _shapes(self) -> Iterator[Shape]:
+        """Every legal (layers, KV groups, queries per group, hidden width), MLPs as wide as they were."""
+        full, units = full_shape(self.arch), self.target.units
+        for layers in _counts(full.layers, "layers" in units):
+            for groups in _counts(full.kv_groups, "kv_groups" in units):
+                for queries in _counts(full.queries_per_group, "query_heads" in units):
+                    for hidden in self._hidden_widths():
+                        if heads_legal(self.arch, groups * queries, hidden):
+                            yield Shape(layers, groups, queries, full.mlp_channels, hidden)
+
+    def _hidden_widths(self) -> Iterable[int]:
+        # Always aligned, on the way too: it is one number for the whole model, and every shape asks for all of them.
+        align = self.target.align
+        return (0, *range(align, self.arch.hidden_size, align)) if HIDDEN in self.target.units else (0,)
+
+    def _widest_mlp(self, budget: Budget, align: int, shape: Shape) -> Shape | None:
+        if budget.cost(self.arch, shape) <= budget.limit:
+            return shape
         if "mlp_channels" not in self.target.units:
-            return 0
-        one = budget.cost(self.arch, Shape(layers, groups, queries, 1))
-        step = budget.cost(self.arch, Shape(layers, groups, queries, 2)) - one
-        channels = 1 + (budget.limit - one) // step
-        return max(0, channels // align * align)
+            return None
+        one = budget.cost(self.arch, replace(shape, mlp_channels=1))
+        step = budget.cost(self.arch, replace(shape, mlp_channels=2)) - one
+        channels = (1 + (budget.limit - one) // step) // align * align
+        return replace(shape, mlp_channels=channels) if channels > 0 else None
 
     def plan(
         self,
@@ -123,6 +130,8 @@ class Planner:
                 kept[site_name(layer, "query_heads")] = table.best_heads(layer, shape)
             if shape.mlp_channels < full.mlp_channels:
                 kept[site_name(layer, "mlp_channels")] = _top(table.mlp[layer], shape.mlp_channels)
+        if shape.hidden:
+            kept[HIDDEN] = _top(table.hidden, shape.hidden)
         facts = {"shape": str(shape), "kept": kept_fractions(self.arch, shape), "budget": self.budget.show()}
         plan = Plan(kept, self.arch.fingerprint(), {**facts, **origin})
         plan.check(self.arch)
@@ -134,13 +143,7 @@ class Planner:
 
     def _impossible(self) -> str:
         smallest = min(
-            (
-                Shape(layers, groups, queries, self._least_mlp())
-                for layers in _counts(self.arch.layers, "layers" in self.target.units)
-                for groups in _counts(self.arch.kv_groups, "kv_groups" in self.target.units)
-                for queries in _counts(self.arch.queries_per_group, "query_heads" in self.target.units)
-                if heads_legal(self.arch, groups * queries)
-            ),
+            (replace(shape, mlp_channels=self._least_mlp()) for shape in self._shapes()),
             key=lambda shape: self.budget.cost(self.arch, shape),
         )
         least = Budget(self.budget.metric, self.budget.cost(self.arch, smallest), self.budget.dtype)
@@ -149,6 +152,16 @@ class Planner:
             f"target.align {self.target.align} the smallest legal shape is {smallest}, which is {least.show()} "
             f"({describe_kept(self.arch, smallest)}). Set a larger budget, a smaller target.align, or allow more of "
             "mlp_channels, kv_groups, query_heads, layers in target.units."
+            f"{self._hidden_advice()}"
+        )
+
+    def _hidden_advice(self) -> str:
+        heads = self.arch.query_heads
+        if HIDDEN not in self.target.units or heads_legal(self.arch, heads, heads + 1):
+            return ""
+        return (
+            f" A {self.arch.model_type} config wants a hidden size that its {heads} query heads divide: with "
+            f"target.align {self.target.align} that is every {math.lcm(heads, self.target.align)} dimensions."
         )
 
     def _least_mlp(self) -> int:
@@ -185,6 +198,8 @@ class _Scores:
         self.kv = self._layered("kv_groups", arch.kv_groups)
         self.heads = self._layered("query_heads", arch.query_heads)
         self.layer_scores = self._vector(LAYERS_SITE, arch.layers)
+        self.hidden = self._vector(HIDDEN, arch.hidden_size)
+        self._hidden_sums = _kept_sums(self.hidden)
         self._mlp_sums = np.stack([_kept_sums(scores) for scores in self.mlp])
         self._attention_lost: dict[tuple[int, int], Vector] = {}
 
@@ -242,4 +257,5 @@ class _Scores:
         """Score that leaves with this shape."""
         stays = list(self.best_layers(shape))
         narrowed = self._lost_by_layer(shape)[stays].sum()
-        return float(narrowed + self.layer_scores.sum() - self.layer_scores[stays].sum())
+        thinned = self._hidden_sums[-1] - self._hidden_sums[shape.hidden or -1]
+        return float(narrowed + thinned + self.layer_scores.sum() - self.layer_scores[stays].sum())

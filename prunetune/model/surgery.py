@@ -22,7 +22,8 @@ from prunetune.model.legality import config_values
 from prunetune.model.plan import Plan
 from prunetune.model.quantized import FloatLinear, is_quantized, shape_of, weight_of
 from prunetune.model.sharded import opened
-from prunetune.model.units import span_features
+from prunetune.model.stream import slice_stream
+from prunetune.model.units import HIDDEN, span_features
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ class Surgery:
     def _cut(self, layer: int, role: str) -> Cut:
         rows: Tensor | None = None
         columns: Tensor | None = None
-        for kind, parts in self.arch.family.units.items():
-            for part in parts:
+        family = self.arch.family
+        for kind in (*family.units, HIDDEN):
+            for part in family.parts(kind):
                 if isinstance(part, Writers) or part.role != role:
                     continue
                 kept = _features(self._kept(layer, kind, part), span_features(self.arch, part.span))
@@ -118,6 +120,18 @@ class Surgery:
                     columns = kept
         full_rows, full_columns = self.full_shape(role)
         return Cut(_unless_all(rows, full_rows), _unless_all(columns, full_columns))
+
+    @property
+    def consumers(self) -> list[str]:
+        """Paths of the linears that lose inputs of their own, not just dimensions of the residual stream."""
+        own = {
+            part.role
+            for kind in self.arch.family.units
+            for part in self.arch.family.parts(kind)
+            if isinstance(part, Columns)
+        }
+        modules = tuple(f".{self.arch.family.modules[role]}" for role in own)
+        return [path for path, cut in self.cuts.items() if cut.columns is not None and path.endswith(modules)]
 
     def _kept(self, layer: int, kind: str, part: Any) -> tuple[int, ...]:
         """Kept indices in units of the part's span. Where groups and heads share features (q and o), heads decide:
@@ -159,7 +173,7 @@ def _unless_all(kept: Tensor | None, full: int) -> Tensor | None:
     return None if kept is None or kept.numel() == full else kept
 
 
-def slice_model(model: nn.Module, plan: Plan) -> Architecture:
+def slice_model(model: nn.Module, plan: Plan, *, rounded: bool = True) -> Architecture:
     """Slices a live dense model in place: weights, biases, adapters, widths, config.
 
     Afterwards the model's parameters are new, smaller tensors: optimizers must be made anew. A linear that
@@ -170,6 +184,8 @@ def slice_model(model: nn.Module, plan: Plan) -> Architecture:
         model: a transformers causal LM or a PeftModel of one; of base weights spread over processes one linear is
             whole at a time, adapters must be whole.
         plan: what stays.
+        rounded: false leaves what a narrower residual stream rescales in float64, for a comparison with the masked
+            model in that arithmetic; ``stream.round_stream`` must follow.
 
     Returns:
         The dense architecture, for slicing what belongs to it (checkpoints, moments) later.
@@ -191,6 +207,7 @@ def slice_model(model: nn.Module, plan: Plan) -> Architecture:
         linear = base.get_submodule(name)
         with opened(linear):
             _slice_linear(linear, cut)
+    slice_stream(base, surgery.arch, plan.kept_units(surgery.arch, -1, HIDDEN), rounded=rounded)
     _update_widths(base, surgery)
     return surgery.arch
 

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prunetune.model.architecture import Architecture
-from prunetune.model.families import Columns, Writers
+from prunetune.model.families import Columns, Rows, Writers
 
 KINDS = ("mlp_channels", "kv_groups", "query_heads", "layers")
 LAYERS_SITE = "layers"
+# The dimensions of the residual stream: one site for the whole model, as the layers are.
+HIDDEN = "hidden"
 _SITE_NAME = re.compile(r"^layers\.(\d+)\.(\w+)$")
 
 
@@ -20,12 +22,13 @@ class Site:
 
     Args:
         name: ``layers.7.mlp_channels``; the one site of whole layers is called ``layers``.
-        kind: one of KINDS.
-        layer: its layer in the dense model; -1 for ``layers``.
+        kind: one of KINDS, or HIDDEN.
+        layer: its layer in the dense model; -1 for ``layers`` and ``hidden``.
         size: number of units U.
         gated: module paths the gate acts on: the consumer's input, or for ``layers`` unit u's outputs at
-            ``gated[u * n : (u + 1) * n]`` with n writers a layer.
+            ``gated[u * n : (u + 1) * n]`` with n writers a layer, or for ``hidden`` the outputs of all of them.
         block: consecutive input features of the consumer that one unit spans.
+        norms: for ``hidden``, the norms that see the gated stream.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Site:
     size: int
     gated: tuple[str, ...]
     block: int
+    norms: tuple[str, ...] = ()
 
 
 def site_name(layer: int, kind: str) -> str:
@@ -42,9 +46,9 @@ def site_name(layer: int, kind: str) -> str:
 
 
 def parse_site(name: str) -> tuple[int, str]:
-    """(layer, kind) of a site's name; (-1, "layers") for the site of whole layers."""
-    if name == LAYERS_SITE:
-        return -1, LAYERS_SITE
+    """(layer, kind) of a site's name; (-1, name) for the sites of whole layers and of the hidden width."""
+    if name in (LAYERS_SITE, HIDDEN):
+        return -1, name
     match = _SITE_NAME.match(name)
     if match and match.group(2) in KINDS and match.group(2) != LAYERS_SITE:
         layer, kind = int(match.group(1)), match.group(2)
@@ -61,6 +65,7 @@ def kind_size(arch: Architecture, kind: str) -> int:
         "kv_groups": arch.kv_groups,
         "query_heads": arch.query_heads,
         "layers": arch.layers,
+        HIDDEN: arch.hidden_size,
     }[kind]
 
 
@@ -80,6 +85,8 @@ def sites(arch: Architecture, kinds: Iterable[str]) -> tuple[Site, ...]:
     ]
     if LAYERS_SITE in wanted:
         found.append(_layers_site(arch))
+    if HIDDEN in wanted:
+        found.append(_hidden_site(arch))
     return tuple(found)
 
 
@@ -97,3 +104,12 @@ def _layers_site(arch: Architecture) -> Site:
     [writers] = [part for part in family.units[LAYERS_SITE] if isinstance(part, Writers)]
     gated = tuple(f"{family.layers}.{layer}.{module}" for layer in range(arch.layers) for module in writers.modules)
     return Site(LAYERS_SITE, LAYERS_SITE, -1, arch.layers, gated, 1)
+
+
+def _hidden_site(arch: Architecture) -> Site:
+    """Whatever is added to the residual stream is gated where it is made; a norm behind that keeps zeros zero."""
+    family, layers = arch.family, [f"{arch.family.layers}.{layer}" for layer in range(arch.layers)]
+    writers = [family.modules[part.role] for part in family.hidden if isinstance(part, Rows)]
+    gated = (family.embedding, *(f"{layer}.{module}" for layer in layers for module in writers))
+    norms = (*(f"{layer}.{norm}" for layer in layers for norm in family.norms), family.final_norm)
+    return Site(HIDDEN, HIDDEN, -1, arch.hidden_size, gated, 1, norms)

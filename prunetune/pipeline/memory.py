@@ -29,7 +29,7 @@ _TRAINED_BYTES = 16
 def lora_params(arch: Architecture, shape: Shape, rank: int, targets: str | tuple[str, ...]) -> int:
     """Parameters of the adapters on a model of this shape."""
     q, kv = shape.query_heads * arch.head_dim, shape.kv_groups * arch.head_dim
-    d, f = arch.hidden_size, shape.mlp_channels
+    d, f = shape.width(arch), shape.mlp_channels
     ends = {"q": d + q, "k": d + kv, "v": d + kv, "o": q + d, "gate": d + f, "up": d + f, "down": f + d}
     return shape.layers * rank * sum(ends[role] for role in adapted_roles(arch, targets))
 
@@ -62,7 +62,7 @@ def training_memory(arch: Architecture, shape: Shape, config: RunConfig, *, gpu:
         "one weight, dequantised": _dequantized_bytes(arch, shape, config),
         "adapters and optimizer": adapters * _TRAINED_BYTES,
         "activations": tokens * _activation_bytes_per_token(arch, shape, config),
-        "logits": _head_bytes(arch, tokens, gpu),
+        "logits": _head_bytes(arch, shape, tokens, gpu),
     }
     return {name: size for name, size in parts.items() if size} | ({} if gpu else {"libraries": _LIBRARIES_BYTES})
 
@@ -80,7 +80,7 @@ def _dequantized_bytes(arch: Architecture, shape: Shape, config: RunConfig) -> i
     if config.model.quantize is None:
         return 0
     width = max(shape.mlp_channels, shape.query_heads * arch.head_dim)
-    return width * arch.hidden_size * (2 if config.train.bf16 else DTYPE_BYTES[config.model.dtype])
+    return width * shape.width(arch) * (2 if config.train.bf16 else DTYPE_BYTES[config.model.dtype])
 
 
 def _copies_bytes(arch: Architecture, shape: Shape, config: RunConfig) -> int:
@@ -92,7 +92,7 @@ def _copies_bytes(arch: Architecture, shape: Shape, config: RunConfig) -> int:
 
 
 def _activation_bytes_per_token(arch: Architecture, shape: Shape, config: RunConfig) -> int:
-    d, q = arch.hidden_size, shape.query_heads * arch.head_dim
+    d, q = shape.width(arch), shape.query_heads * arch.head_dim
     kv, f = shape.kv_groups * arch.head_dim, shape.mlp_channels
     half = config.train.bf16 or config.model.dtype != "float32"
     word = 2 if half else 4
@@ -103,8 +103,8 @@ def _activation_bytes_per_token(arch: Architecture, shape: Shape, config: RunCon
     return shape.layers * layer
 
 
-def _head_bytes(arch: Architecture, tokens: int, gpu: bool) -> int:
+def _head_bytes(arch: Architecture, shape: Shape, tokens: int, gpu: bool) -> int:
     columns = min(arch.vocab_size, _TILE_COLUMNS)
     tile = min(tokens, _TILE_TOKENS) * columns * (2 if gpu else 4 * _TILE_COPIES)
     # Beside the tile: hidden states with their gradient, and its rows of the head, all float32.
-    return tile + 2 * tokens * arch.hidden_size * 4 + columns * arch.hidden_size * 4
+    return tile + 2 * tokens * shape.width(arch) * 4 + columns * shape.width(arch) * 4

@@ -67,6 +67,11 @@ class PruneRequest:
                     "--units",
                 )
             )
+        if "hidden" in units:
+            why = (
+                "hidden dimensions belong to all layers, and a one-shot pass sees one at a time; use `prunetune train`"
+            )
+            found.append(Problem(why, "--units"))
         if found or self.calibration is not None:
             return found
         for section, name, needs in self._needs():

@@ -9,7 +9,7 @@ from typing import Any
 
 from prunetune.core.sizes import format_count, format_fraction
 from prunetune.model.plan import Plan
-from prunetune.model.units import KINDS, LAYERS_SITE, parse_site
+from prunetune.model.units import HIDDEN, KINDS, LAYERS_SITE, parse_site
 from prunetune.report.gather import RunRecord, phase_spans
 from prunetune.report.templating import version_rows
 
@@ -19,6 +19,7 @@ _UNIT_NAMES = {
     "kv_groups": "KV groups in a layer",
     "query_heads": "query heads in a layer",
     "layers": "layers",
+    HIDDEN: "dimensions of the residual stream",
 }
 
 
@@ -115,15 +116,18 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     arch = plan.architecture
     staying = set(plan.kept.get(LAYERS_SITE, range(int(arch["layers"]))))
     rows = []
-    for kind in KINDS:
+    for kind in (*KINDS, HIDDEN):
+        size = int(arch["hidden_size" if kind == HIDDEN else kind])
         if kind == LAYERS_SITE:
             counts = [len(staying)]
+        elif kind == HIDDEN:
+            counts = [len(plan.kept[HIDDEN])] if HIDDEN in plan.kept else []
         else:
             sites = {parse_site(name): kept for name, kept in plan.kept.items()}
             counts = [len(kept) for (layer, k), kept in sites.items() if k == kind and layer in staying]
-        if counts and counts != [int(arch[kind])]:
+        if counts and counts != [size]:
             after = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-            rows.append((_UNIT_NAMES[kind], str(arch[kind]), after))
+            rows.append((_UNIT_NAMES[kind], str(size), after))
     return rows
 
 

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from prunetune.model.plan import Plan
-from prunetune.model.units import KINDS, LAYERS_SITE, parse_site, site_name
+from prunetune.model.units import HIDDEN, KINDS, LAYERS_SITE, parse_site, site_name
 from prunetune.report.palette import BLUE, GREY, INK, STYLE
 
 KIND_NAMES = {
@@ -20,13 +20,14 @@ KIND_NAMES = {
     "kv_groups": "KV groups",
     "query_heads": "query heads",
     "layers": "layers",
+    HIDDEN: "hidden dimensions",
 }
 
 FEW_UNITS = 64  # up to so many units of a site are drawn one by one
 
 
 def kept_units_figure(plan: Plan, scores: Mapping[str, np.ndarray[Any, Any]] | None = None) -> Figure | None:
-    """Which units stay in every layer, one panel a kind; None if the plan keeps everything.
+    """Which units stay in every layer, one panel a kind; None if the plan keeps everything in all layers.
 
     With ``scores``, a dot says which share of the layer's score the units that stay carry.
     """
@@ -55,7 +56,7 @@ def kept_units_figure(plan: Plan, scores: Mapping[str, np.ndarray[Any, Any]] | N
 
 def scores_figure(scores: Mapping[str, np.ndarray[Any, Any]], plan: Plan | None) -> Figure | None:
     """Histogram of the units' scores (or gates) at the freeze, kept and removed apart, one panel a kind."""
-    kinds = [kind for kind in KINDS if any(_is(name, kind) for name in scores)]
+    kinds = [kind for kind in (*KINDS, HIDDEN) if any(_is(name, kind) for name in scores)]
     if not kinds:
         return None
     with matplotlib.rc_context(STYLE):

@@ -62,14 +62,13 @@ def compensated_weights(
         it is the weight that the method found. Linears that the method leaves alone are not in it.
     """
     base = base_model(model)
-    losing = [path for path, cut in surgery.cuts.items() if cut.columns is not None]
     updates: dict[str, Tensor] = {}
-    for group in in_groups(losing, lambda path: base.get_submodule(path).in_features, MOMENTS_LIMIT_BYTES):
+    for group in in_groups(surgery.consumers, lambda path: base.get_submodule(path).in_features, MOMENTS_LIMIT_BYTES):
         moments = SecondMoments(base, group)
         if compensation.tokens:
             collect(moments)
         for path in group:
-            module, kept = base.get_submodule(path), surgery.cuts[path].columns
+            module, kept, rows = base.get_submodule(path), surgery.cuts[path].columns, surgery.cuts[path].rows
             assert kept is not None
             with opened(module):
                 weight, delta = _weight_and_delta(module)
@@ -79,7 +78,8 @@ def compensated_weights(
                 found = compensation.weight(effective, kept, moments.sums.pop(path, None))
                 # Adding the delta and taking it off again would round a weight that the method left alone.
                 if not torch.equal(found, effective.index_select(1, kept)):
-                    updates[path] = (found - delta.index_select(1, kept)).to(dtype).cpu().contiguous()
+                    update = (found - delta.index_select(1, kept)).to(dtype).cpu()
+                    updates[path] = (update if rows is None else update.index_select(0, rows)).contiguous()
     return updates
 
 

@@ -26,7 +26,9 @@ from prunetune.model.quantized import float_linears
 from prunetune.model.sharded import computing, is_sharded
 from prunetune.model.source import SourceWeights, requantize, require_cuttable
 from prunetune.model.statistics import SecondMoments
+from prunetune.model.stream import round_stream
 from prunetune.model.surgery import Surgery, base_model, slice_model
+from prunetune.model.units import HIDDEN
 from prunetune.train import compat
 from prunetune.train.calibration import calibration_batches, collect_moments
 from prunetune.train.checkpoint import global_step, read_marker
@@ -37,7 +39,7 @@ from prunetune.train.freeze import (
     load_updates,
     write_freeze,
 )
-from prunetune.train.joint import JointSearch, hard_gates, mask_refusals
+from prunetune.train.joint import JointSearch, hard_gates, hidden_refusals, mask_refusals
 from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
 from prunetune.train.selecting import SelectingTrainer
 
@@ -93,6 +95,7 @@ class FreezingTrainer(SelectingTrainer):
         linears = {module.rpartition(".")[2] for module in self.dense.family.modules.values()}
         problems += compat.adapter_refusals(self.model, linears)
         problems += mask_refusals(self, self.prune)
+        problems += hidden_refusals(self, self.prune)
         compat.raise_if_any(problems)
 
     @property
@@ -157,13 +160,15 @@ class FreezingTrainer(SelectingTrainer):
         updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
         masked = self._probe()
         gates.detach()
-        slice_model(self.model, plan)
-        require_equal(masked, self._probe(), self.model, exact=self._exact)
+        slice_model(self.model, plan, rounded=not self._exact)
+        require_equal(masked, self._probe(), self.model, exact=self._exact, narrower=HIDDEN in plan.kept)
         self.plan = plan
         return surgery, updates
 
     def _settle(self, surgery: Surgery, updates: dict[str, Tensor]) -> None:
-        """Puts the compensated weights in; then a quantised base is quantised again, which is measured and said."""
+        """Puts the compensated weights in and rounds what a narrower residual stream rescaled; then a quantised base is
+        quantised again, which is measured and said."""
+        round_stream(base_model(self.model))
         apply_updates(self.model, surgery, updates)
         if not float_linears(self.model):
             return

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from prunetune.config.presets import PhaseSteps
@@ -17,8 +19,9 @@ from prunetune.model.adapters import AdapterView
 from prunetune.model.gates import GateSet, GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
+from prunetune.model.quantized import quantized_linears
 from prunetune.model.surgery import base_model
-from prunetune.model.units import sites
+from prunetune.model.units import HIDDEN, sites
 from prunetune.train.launched import engine_problems
 
 
@@ -99,6 +102,34 @@ def mask_refusals(trainer: Any, prune: PruneConfig) -> list[Problem]:
                 "lora.targets",
             )
         )
+    return found
+
+
+def hidden_refusals(trainer: Any, prune: PruneConfig) -> list[Problem]:
+    """What cannot be combined with pruning the hidden width, each with what to set instead."""
+    if HIDDEN not in prune.target.units:
+        return []
+    found = engine_problems(trainer, "pruning the hidden width", "target.units")
+    if not MASKS.get(prune.mask.method).ranks_hidden:
+        able = ", ".join(name for name, kind in MASKS.items() if kind.ranks_hidden)
+        why = f"{prune.mask.method} cannot rank hidden dimensions, which belong to all layers; set one of {able}"
+        found.append(Problem(why, "mask.method"))
+    base = base_model(trainer.model)
+    if quantized_linears(base):
+        why = "every linear of a quantised base would lose a side; load it in bfloat16, or leave hidden out"
+        found.append(Problem(why, "target.units"))
+    family = trainer.dense.family
+    linears = tuple(f".{module}" for module in family.modules.values())
+    beyond = [
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not path.endswith(linears)
+    ]
+    if beyond:
+        why = (
+            f"{beyond[0]} is trained, and what is learnt beside the decoder's linears does not follow a narrower stream"
+        )
+        found.append(Problem(f"{why}; leave it out of the adapters, or leave hidden out", "target.units"))
     return found
 
 

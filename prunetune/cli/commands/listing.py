@@ -33,6 +33,7 @@ _UNITS = {
     "kv_groups": "a key/value head with all its query heads",
     "query_heads": "a query head; as many leave in every KV group",
     "layers": "a whole layer, attention and MLP",
+    "hidden": "a dimension of the residual stream, in every layer; not among the default units",
 }
 
 
@@ -108,7 +109,7 @@ def _families() -> list[Table]:
 
     table = _table("Families: architectures with a unit table", "family", "model_type in config.json", "prunable")
     for name, family in FAMILIES.items():
-        table.add_row(name, ", ".join(family.model_types), ", ".join(family.units))
+        table.add_row(name, ", ".join(family.model_types), ", ".join([*family.units, "hidden"]))
     return [table]
 
 

@@ -23,7 +23,7 @@ from prunetune.model.budget import decoder_params, full_shape
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
-from prunetune.model.units import LAYERS_SITE, site_name
+from prunetune.model.units import HIDDEN, LAYERS_SITE, site_name
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Mask(ABC):
     cost: ClassVar[str] = "none to speak of"
     # Whether it looks at adapters or base weights; without, the context has none.
     reads_adapters: ClassVar[bool] = False
+    # Whether its scores mean something for the dimensions of the residual stream, whose gate acts in every layer.
+    ranks_hidden: ClassVar[bool] = False
     record_squares: ClassVar[bool] = False
     # Search steps that it needs to be worth anything; with fewer a run warns.
     least_search: int = 0
@@ -161,7 +163,8 @@ def kept_fraction(planner: Planner, gates: Mapping[str, Tensor]) -> Tensor:
         inner = of_group * groups_K.sum() + costs["query_heads"] * heads_H.sum()
         inner = inner + costs["mlp_channels"] * channels_F.sum()
         kept = kept + (gates[LAYERS_SITE][layer] * inner if LAYERS_SITE in gates else inner)
-    return kept / (arch.layers * costs["layers"])
+    open_ = gates[HIDDEN].mean() if HIDDEN in gates else 1.0
+    return open_ * kept / (arch.layers * costs["layers"])
 
 
 def budget_fraction(planner: Planner) -> float:
@@ -185,4 +188,5 @@ def unit_params(planner: Planner) -> dict[str, float]:
     group = head * (1 + arch.queries_per_group)
     channel = 3 * arch.hidden_size
     layer = arch.kv_groups * group + arch.mlp_channels * channel
-    return {"mlp_channels": channel, "kv_groups": group, "query_heads": head, "layers": layer}
+    hidden = arch.layers * layer / arch.hidden_size
+    return {"mlp_channels": channel, "kv_groups": group, "query_heads": head, "layers": layer, HIDDEN: hidden}

@@ -12,6 +12,7 @@ from prunetune.methods.masks import MaskContext
 from prunetune.model.budget import plan_shape
 from prunetune.model.gates import GateStatistics
 from prunetune.model.planner import Planner
+from prunetune.model.units import HIDDEN
 
 
 class Beginning:
@@ -53,6 +54,7 @@ def above_boundary(planner: Planner, scores: Mapping[str, Tensor]) -> dict[str, 
         "kv_groups": shape.kv_groups,
         "query_heads": shape.queries_per_group * arch.kv_groups,
         "layers": shape.layers,
+        HIDDEN: shape.width(arch),
     }
     return {site.name: _log_over(scores[site.name].double(), widths[site.kind]).float() for site in planner.sites}
 

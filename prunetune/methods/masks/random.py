@@ -15,6 +15,7 @@ class RandomMask(ScheduledMask):
     """Units chosen by lot, on the same schedule: the control that every other mask must beat."""
 
     needs = "nothing"
+    ranks_hidden = True
 
     def __init__(self, context: MaskContext, options: ScheduleOptions):
         super().__init__(context, options)

@@ -33,7 +33,8 @@ class SaliencyMask(ScheduledMask):
 
     With g the gate and l_t the loss of token t, removing a unit changes the loss by about half of
     sum_t (dl_t/dg)^2 (Theis et al., arXiv 1801.05787: the diagonal Fisher information stands in for the Hessian).
-    All kinds of units are measured in that one unit.
+    All kinds of units are measured in that one unit. The gate of a hidden dimension acts wherever something is added to
+    the residual stream; these places are taken as independent.
     """
 
     Options = SaliencyOptions
@@ -41,6 +42,7 @@ class SaliencyMask(ScheduledMask):
     needs = "gate gradients per token"
     cost = "a reduction over each gated input"
     record_squares = True
+    ranks_hidden = True
 
     def __init__(self, context: MaskContext, options: SaliencyOptions):
         super().__init__(context, options)

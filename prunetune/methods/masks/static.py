@@ -32,6 +32,7 @@ class StaticMask(ScheduledMask):
 
     Options = StaticOptions
     needs = "a plan.json"
+    ranks_hidden = True
 
     def __init__(self, context: MaskContext, options: StaticOptions):
         super().__init__(context, options)
@@ -65,10 +66,10 @@ def _require_followable(path: Path, plan: Plan, planner: Planner) -> None:
             "does not allow; add them to target.units, or follow another plan"
         )
     shape = plan_shape(arch, plan)
-    if not heads_legal(arch, shape.query_heads):
+    if not heads_legal(arch, shape.query_heads, shape.hidden):
         raise BudgetError(
             f"mask.plan {path} keeps {shape.query_heads} query heads, which a {arch.model_type} config refuses because "
-            f"they do not divide hidden_size {arch.hidden_size}; follow another plan"
+            f"they do not divide hidden_size {shape.width(arch)}; follow another plan"
         )
     cost = planner.budget.cost(arch, shape)
     if cost > planner.budget.limit:

@@ -11,6 +11,10 @@ from typing import ClassVar, Literal
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Span = Literal["channel", "head", "group"]
 
+# Roles that read the residual stream, and those that write to it.
+_READERS: tuple[Role, ...] = ("q", "k", "v", "gate", "up")
+_WRITERS: tuple[Role, ...] = ("o", "down")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -50,6 +54,10 @@ class Family:
         modules: role -> module path inside a layer.
         units: kind -> what one unit owns.
         per_layer_lists: config fields with one entry a layer; they are cut when layers leave.
+        hidden: what one dimension of the residual stream owns in every layer; see also ``norms``.
+        norms: the norms over the residual stream inside a layer.
+        gain_offset: what the class adds to a norm's weight before it multiplies.
+        scales_embeddings: whether the class multiplies embeddings by the root of the hidden size.
         attention_bias: config field that adds biases to q, k, v (and o, if ``bias_on_o``); a bool is constant.
         defaults: what the config class takes for ``head_dim`` and ``num_key_value_heads`` where config.json leaves
             them out, if that is a number of its own and not derived from the other widths.
@@ -65,10 +73,21 @@ class Family:
     attention_bias: str | bool
     bias_on_o: bool
     mlp_bias: str | bool
-    norms_per_layer: int
     qk_norm: bool
+    hidden: tuple[Rows | Columns, ...]
+    norms: tuple[str, ...]
+    gain_offset: float = 0.0
+    scales_embeddings: bool = False
     per_layer_lists: tuple[str, ...] = ()
     defaults: dict[str, int] = field(default_factory=dict)
+
+    embedding: ClassVar[str] = "model.embed_tokens"
+    final_norm: ClassVar[str] = "model.norm"
+    head: ClassVar[str] = "lm_head"
+
+    def parts(self, kind: str) -> tuple[Rows | Columns | Writers, ...]:
+        """What one unit of a kind owns in a layer."""
+        return self.hidden if kind == "hidden" else self.units[kind]
 
 
 def gated_decoder(
@@ -79,7 +98,9 @@ def gated_decoder(
     bias_on_o: bool = False,
     mlp_bias: str | bool = False,
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj"),
-    norms_per_layer: int = 2,
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm"),
+    gain_offset: float = 0.0,
+    scales_embeddings: bool = False,
     qk_norm: bool = False,
     per_layer_lists: tuple[str, ...] = (),
     defaults: dict[str, int] | None = None,
@@ -107,8 +128,14 @@ def gated_decoder(
         attention_bias=attention_bias,
         bias_on_o=bias_on_o,
         mlp_bias=mlp_bias,
-        norms_per_layer=norms_per_layer,
         qk_norm=qk_norm,
+        hidden=(
+            *(Columns(role, "channel") for role in _READERS),
+            *(Rows(role, "channel") for role in _WRITERS),
+        ),
+        norms=norms,
+        gain_offset=gain_offset,
+        scales_embeddings=scales_embeddings,
         per_layer_lists=per_layer_lists,
         defaults=defaults or {},
     )

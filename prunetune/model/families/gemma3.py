@@ -2,7 +2,7 @@
 
 from prunetune.model.families import FAMILIES
 from prunetune.model.families._table import gated_decoder
-from prunetune.model.families.gemma2 import AFTER_NORM
+from prunetune.model.families.gemma2 import AFTER_NORM, NORMS
 
 FAMILIES.register("gemma3")(
     gated_decoder(
@@ -11,7 +11,9 @@ FAMILIES.register("gemma3")(
         attention_bias="attention_bias",
         bias_on_o=True,
         writers=AFTER_NORM,
-        norms_per_layer=4,
+        norms=NORMS,
+        gain_offset=1.0,
+        scales_embeddings=True,
         qk_norm=True,
         per_layer_lists=("layer_types",),
         defaults={"head_dim": 256, "num_key_value_heads": 4},

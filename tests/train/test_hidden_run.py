@@ -1,0 +1,90 @@
+"""Runs that narrow the residual stream: frozen, resumed, exported, cut anew; and what they refuse."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from prunetune.core.errors import ConfigError
+from prunetune.export.write import export_model
+from prunetune.model.surgery import base_model
+from prunetune.model.units import HIDDEN
+from prunetune.train.freeze import SCORES_FILE
+from tests.support import logits, tiny_model, tiny_tokenizer
+from tests.train.joint_runs import (
+    FREEZE_STEP,
+    checkpoints,
+    joint_trainer,
+    lora,
+    metrics,
+    prune_config,
+    require_same,
+    timeless,
+    weights,
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "units", "kept", "dtype"),
+    [
+        ("llama", ("hidden",), "55%", torch.float32),
+        ("qwen3", ("hidden", "mlp_channels"), "45%", torch.bfloat16),
+    ],
+)
+def test_a_run_is_cut_resumed_and_exported(
+    tmp_path: Path, model_type: str, units: tuple[str, ...], kept: str, dtype: torch.dtype
+) -> None:
+    def trainer(folder: Path) -> object:
+        prune = prune_config("saliency", {"method": "refit", "tokens": 256}, units, kept=kept)
+        return joint_trainer(folder, model=tiny_model(model_type).to(dtype), prune=prune)
+
+    whole = trainer(tmp_path / "run")
+    whole.train()
+    assert whole.plan is not None
+    assert HIDDEN in whole.plan.kept
+    config = base_model(whole.model).config
+    assert config.hidden_size == len(whole.plan.kept[HIDDEN]) < 48
+    logged = metrics(tmp_path / "run")
+    assert logged[-1]["kept_fraction"] <= 0.55
+    for last in (2, FREEZE_STEP + 2):  # in the search, and after the freeze
+        copy = tmp_path / f"copy-{last}"
+        shutil.copytree(tmp_path / "run", copy)
+        for later in checkpoints(copy):
+            if later > last:
+                shutil.rmtree(copy / f"checkpoint-{later}")
+        if last < FREEZE_STEP:
+            shutil.rmtree(copy / "freeze")
+        resumed = trainer(copy)
+        resumed.train(resume_from_checkpoint=True)
+        require_same(weights(resumed), weights(whole))
+        assert timeless(metrics(copy)) == timeless(logged)
+    export_model(whole.model, tiny_tokenizer(), tmp_path / "out", dtype="float32", plan=whole.plan, verify=False)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    whole.model.eval()
+    if dtype == torch.float32:  # else the rotary frequencies of the live model are rounded, too
+        torch.testing.assert_close(logits(again), logits(whole.model), atol=2e-5, rtol=2e-5)
+    # Another budget from the same scores.
+    other = joint_trainer(tmp_path / "other", model=tiny_model(model_type).to(dtype),
+                          prune=prune_config("saliency", units=units, kept="80%"))  # fmt: skip
+    plan = other.cut_from_scores(load_file(tmp_path / "run" / "freeze" / SCORES_FILE))
+    assert set(whole.plan.kept[HIDDEN]) <= set(plan.kept.get(HIDDEN, range(48)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "changes", "message"),
+    [
+        ("hard_concrete", {}, r"mask.method: hard_concrete cannot rank hidden dimensions.*saliency"),
+        ("saliency", {"target_modules": ["q_proj", "embed_tokens"]}, r"embed_tokens is trained"),
+        ("saliency", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, r"norm is trained"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(
+    tmp_path: Path, mask: str, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        joint_trainer(tmp_path, prune=prune_config(mask, units=("hidden",)), peft_config=lora(**changes))
