@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,11 +12,15 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import yaml
 
 from prunetune.config.engines import ENGINES, launch_settings
 from prunetune.core.errors import ConfigError, Problem, suggest
+from prunetune.core.termination import REQUEUE_EXIT_CODE
 
+# What a run that saved and stopped exits with, by the signal that stopped it.
+_STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: REQUEUE_EXIT_CODE}
 LAUNCHED = tuple(name for name, engine in ENGINES.items() if engine.distributed_type)
 
 
@@ -28,7 +33,8 @@ def launch(engine: str, processes: int | None, arguments: Sequence[str]) -> int:
         arguments: of the command line, without ``--launch`` and ``--processes``.
 
     Returns:
-        The launcher's exit code: 0 only if all processes came to their end.
+        0 only if all processes came to their end; 75 or 130 if they were stopped by SIGTERM or Ctrl-C through this
+        process; else the launcher's own code.
 
     Raises:
         ConfigError: the engine cannot be had here.
@@ -70,16 +76,28 @@ def _require(engine: str, gpus: int, processes: int | None) -> None:
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
-    """The child's exit code; Ctrl-C and SIGTERM are its business, which saves and stops."""
+    """The run's exit code; Ctrl-C and SIGTERM are the business of the processes that train, which save and stop."""
+    stopped: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        # Ctrl-C on a terminal reaches the child by itself.
+        stopped.append(number)
+        # Ctrl-C on a terminal reaches them by itself.
         if number != signal.SIGINT or not sys.stdin.isatty():
-            child.send_signal(number)
+            _pass_on(child.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in _STOPPED}
     try:
-        return child.wait()
+        code = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    # torch's launcher says 1 of any process that did not end with 0.
+    return _STOPPED[stopped[-1]] if code and stopped else code
+
+
+def _pass_on(launcher: int, number: int) -> None:
+    """Signals the launched processes: the launcher itself would kill them 30 seconds later, saved or not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        workers = psutil.Process(launcher).children()
+        for process in workers or [psutil.Process(launcher)]:
+            process.send_signal(number)

@@ -55,7 +55,6 @@ ENGINES: dict[str, Engine] = {
 }
 
 _PARTS = "{engine} spreads weights over processes"
-_STEPS = "{engine} counts micro-batches itself"
 
 
 @dataclass(frozen=True)
@@ -95,31 +94,18 @@ FEATURES: dict[str, Feature] = {
         },
         "set train.bf16: true",
     ),
-    "masks that read adapters' gradients": Feature(
-        "mask: lora_gradient",
-        {engine: "{engine} spreads the adapters' gradients over processes" for engine in ("zero2", "zero3", "fsdp2")},
-        "launch with ddp, or set mask: saliency",
-    ),
-    "distillation in the search": Feature(
-        "distill.weight",
+    "masks that read the adapters": Feature(
+        "mask: lora_gradient, atp, apt, gradual_zero",
         {
-            engine: "it runs the decoder a second time, apart from what {engine} wraps"
-            for engine in ("zero2", "zero3", "fsdp2")
+            engine: "{engine} takes its step within the backward pass, and these read adapters and gradients in between"
+            for engine in ("zero2", "zero3")
         },
-        "launch with ddp, or set distill.weight 0",
+        "launch with ddp or fsdp2, or set mask: saliency",
     ),
-    "choosing rows and tokens while training": Feature(
-        "data.samples, data.tokens",
-        {"zero2": f"{_STEPS}, and steps with fewer of them would hang", "zero3": _PARTS, "fsdp2": _PARTS},
-    ),
-    "penalty on what is learnt": Feature(
-        "delta.regularize",
-        {
-            engine: "{engine} holds a part of each factor, and the pull needs whole ones"
-            for engine in ("zero2", "zero3", "fsdp2")
-        },
-    ),
-    "dropping a part of what was learnt": Feature("delta", {"zero3": _PARTS, "fsdp2": _PARTS}),
+    "distillation in the search": Feature("distill.weight"),
+    "choosing rows and tokens while training": Feature("data.samples, data.tokens"),
+    "penalty on what is learnt": Feature("delta.regularize"),
+    "dropping a part of what was learnt": Feature("delta"),
     "pruning the hidden width": Feature(
         "target.units: [hidden]",
         {

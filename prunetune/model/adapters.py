@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prunetune.model.architecture import Architecture
 from prunetune.model.families import Columns, Rows, Writers
 from prunetune.model.quantized import weight_of
+from prunetune.model.sharded import whole
 from prunetune.model.surgery import base_model
 from prunetune.model.units import Site, span_features
 
@@ -80,10 +81,10 @@ class AdaptedLinear:
     @torch.no_grad()
     def weight(self) -> Tensor:
         """(O, I) float32 W + scale * B A; W dequantised if it is stored in 4 or 8 bit."""
-        weight_OI = weight_of(getattr(self.module, "base_layer", self.module)).float()
+        weight_OI = whole(weight_of(getattr(self.module, "base_layer", self.module))).float()
         if self.adapted:
             a_rI, b_Or, scale = self.factors()
-            weight_OI = weight_OI + scale * (b_Or.float() @ a_rI.float())
+            weight_OI = weight_OI + scale * (whole(b_Or).float() @ whole(a_rI).float())
         return weight_OI
 
     @torch.no_grad()
@@ -95,8 +96,8 @@ class AdaptedLinear:
         """
         a_rI, b_Or, _ = self.factors()
         if a_rI.grad is None or b_Or.grad is None:
-            return a_rI.new_zeros(len(b_Or), a_rI.shape[1], dtype=torch.float32)
-        a, b, grad_a, grad_b = (t.float() for t in (a_rI, b_Or, a_rI.grad, b_Or.grad))
+            return torch.zeros(len(b_Or), a_rI.shape[1], device=a_rI.device)
+        a, b, grad_a, grad_b = (whole(t).float() for t in (a_rI, b_Or, a_rI.grad, b_Or.grad))
         return grad_b @ (a - grad_a) + b @ grad_a
 
 

@@ -1,22 +1,51 @@
 """Weights that are spread over processes (DeepSpeed's ZeRO-3): whole for a moment, one module at a time.
 
 Everything here is collective, and does nothing to weights that are whole. The parameters themselves know how they are
-gathered, so nothing is imported.
+gathered, so nothing of DeepSpeed is imported. FSDP2's spread tensors are whole whenever its own hooks say so; apart
+from that ``whole`` makes a whole copy.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether some of the model's weights are spread over processes."""
     return any(map(is_spread, model.parameters()))
+
+
+def has_parts(model: nn.Module) -> bool:
+    """Whether some of the model's weights are spread over processes, by ZeRO-3 or FSDP2."""
+    return any(is_spread(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 may have spread over processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that FSDP2 may have spread."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def changing(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters that FSDP2 may have spread, whole, to be changed in place by all processes alike."""
+    values = [whole(parameter.detach()) for parameter in parameters]
+    yield values
+    for parameter, value in zip(parameters, values, strict=True):
+        if isinstance(parameter, DTensor):
+            spread = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            local(parameter.detach()).copy_(local(spread))
 
 
 @contextlib.contextmanager
@@ -36,6 +65,17 @@ def opened(module: nn.Module) -> Iterator[None]:
         ]
         if closed and new:
             closed[0].convert_to_zero_parameters(param_list=new)
+
+
+@contextlib.contextmanager
+def readable(linear: Any) -> Iterator[Any]:
+    """A linear whose weight and bias are read without calling it: something that has both, whole."""
+    with opened(linear):
+        if isinstance(linear.weight, DTensor):
+            bias = None if linear.bias is None else whole(linear.bias.detach())
+            yield SimpleNamespace(weight=whole(linear.weight.detach()), bias=bias)
+        else:
+            yield linear
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.integrations import deepspeed as integration
 
-from prunetune.model.sharded import is_spread, opened
+from prunetune.model.sharded import is_spread, opened, whole
 from prunetune.model.surgery import base_model
 
 
@@ -28,8 +28,9 @@ def whole_copy(model: Any, *, wanted: bool) -> Any:
     for path, module in model.named_modules():
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             with opened(module) if is_spread(value) else contextlib.nullcontext():
+                content = whole(value.detach())
                 if copied is not None:
-                    _put(copied.get_submodule(path), name, value)
+                    _put(copied.get_submodule(path), name, value, content)
     if copied is not None:
         base_model(copied).tie_weights()
         copied.eval()
@@ -57,8 +58,8 @@ def _empty_like(model: Any) -> Any:
     return empty
 
 
-def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    content = value.detach().to("cpu", copy=True)
+def _put(module: nn.Module, name: str, value: Tensor, content: Tensor) -> None:
+    content = content.to("cpu", copy=True)
     if isinstance(value, nn.Parameter):
         setattr(module, name, nn.Parameter(content, requires_grad=value.requires_grad))
     else:

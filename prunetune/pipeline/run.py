@@ -182,6 +182,8 @@ def train(
 def _export(
     config: RunConfig, trainer: PruneTuneTrainer, tokenizer: Any, data: DataBundle, resume: bool
 ) -> ExportedModel | None:
+    if not config.delta.keeps_all:
+        trainer.whole_model()
     pruned = is_main_process() and not config.delta.keeps_all
     return trainer.export(
         export_folder(config),

@@ -7,11 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.trainer_utils import TrainOutput
+
 from prunetune.core.records import ExportedModel
 from prunetune.export.changed import with_deltas
 from prunetune.export.write import export_model
 from prunetune.model.deltas import Delta
-from prunetune.model.sharded import is_sharded
+from prunetune.model.sharded import has_parts
 from prunetune.model.surgery import Surgery
 from prunetune.model.token_rows import TokenRow
 from prunetune.model.whole import loading_whole, whole_copy
@@ -40,6 +42,20 @@ class PruneTuneTrainer(DeltaTrainer):
         >>> trainer.train(); trainer.export("compact/")  # doctest: +SKIP
     """
 
+    _copies: tuple[Any, ...] = ()
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in JointTrainer."""
+        self._copies = ()
+        return super().train(*args, **kwargs)
+
+    def whole_model(self) -> Any:
+        """The live model; where weights are spread, a whole copy on the first process, else None. Collective."""
+        model = self.accelerator.unwrap_model(self.model)
+        if has_parts(model) and not self._copies:
+            self._copies = (whole_copy(model, wanted=self.accelerator.is_main_process),)
+        return self._copies[0] if self._copies else model
+
     def export(
         self,
         folder: str | Path,
@@ -66,9 +82,7 @@ class PruneTuneTrainer(DeltaTrainer):
             ExportError: it could not be written, or did not verify; nothing was left behind.
         """
         exported = None
-        model = self.accelerator.unwrap_model(self.model)
-        if is_sharded(model):
-            model = whole_copy(model, wanted=self.accelerator.is_main_process)
+        model = self.whole_model()
         if self.accelerator.is_main_process:
             metadata = {"plan": self.plan.digest()} if self.plan else {}
             dtype = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -81,9 +95,12 @@ class PruneTuneTrainer(DeltaTrainer):
         return exported
 
     def delta_stage(self, rows: Sequence[TokenRow]) -> DeltaStage:
-        """What the live adapters learnt, and what ``prune.delta`` leaves of it, measured on these rows."""
+        """What the live adapters learnt, and what ``prune.delta`` leaves of it, measured on these rows.
+
+        On the first process, and after ``whole_model`` where weights are spread over processes.
+        """
         assert self.prune is not None
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._copies[0] if self._copies else self.accelerator.unwrap_model(self.model)
         surgery = Surgery(self.dense, self.plan) if self.plan else None
         return DeltaStage(model, self.processing_class, surgery, self.prune.delta, self.prune.seed, rows)
 

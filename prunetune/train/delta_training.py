@@ -8,7 +8,7 @@ decided elsewhere. Legend: m x n the delta, r LoRA rank, k rows of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -93,17 +93,16 @@ def pull(factors: Factors, kind: Literal["l2", "l1"], rate: Tensor | float, bloc
     return squared
 
 
-def adam_scale(optimizer: Any) -> Tensor | None:
-    """Root of the mean of all bias-corrected second moments (AdamR's one global scalar); None before the first step."""
-    sums, count = [], 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if state:
-                moment = state["exp_avg_sq"]
-                sums.append(moment.sum() / (1 - group["betas"][1] ** state["step"].to(moment.device)))
-                count += moment.numel()
-    return (torch.stack(sums).sum() / count).sqrt() if sums else None
+def adam_scale(trainer: Any) -> Tensor:
+    """Root of the mean of all bias-corrected second moments (AdamR's one global scalar); a collective call."""
+    total = torch.zeros((), device=trainer.args.device)
+    for state, beta2 in trainer.engine.adam_pieces():
+        moment = state["exp_avg_sq"]
+        total += moment.sum() / (1 - beta2 ** state["step"].to(moment.device))
+    if trainer.engine.shards_trained:
+        total = trainer.accelerator.reduce(total, "sum")
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.trained().values())
+    return (total / count).sqrt()
 
 
 class TrainDrop:
@@ -124,10 +123,10 @@ class TrainDrop:
             for adapter, a in getattr(module, "lora_A", {}).items()
         ]
         by_columns = config.train_drop_unit == "columns"
-        self._handles = [
+        self._handles: list[Any] = [
             a.register_forward_pre_hook(self._on_inputs(name))
             if by_columns
-            else a.register_forward_hook(self._on_entries(name))
+            else _Redirected(a, self._on_entries(name, a))
             for name, a in linears
         ]
 
@@ -158,13 +157,26 @@ class TrainDrop:
 
         return hook
 
-    def _on_entries(self, name: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Any:
-            if not module.training or not self._share:
-                return None
-            return functional.linear(args[0], module.weight * self._mask(name, module.weight.shape[0], module.weight))
+    def _on_entries(self, name: str, module: Any) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            weight = module.weight
+            if module.training and self._share:
+                weight = weight * self._mask(name, weight.shape[0], weight)
+            return functional.linear(x, weight)
 
-        return hook
+        return forward
+
+
+class _Redirected:
+    """Another function in place of a module's forward, between the hooks with which engines make its weight whole."""
+
+    def __init__(self, module: nn.Module, forward: Any):
+        self._module = module
+        vars(module)["forward"] = forward
+
+    def remove(self) -> None:
+        """Puts the module's own back."""
+        vars(self._module).pop("forward", None)
 
 
 class DeltaTrainer(JointTrainer):
@@ -206,12 +218,12 @@ class _Pull(TrainerCallback):
         trainer, kind = self._trainer, self._config.regularize
         if trainer.accelerator.optimizer_step_was_skipped or kind == "none":
             return
-        optimizer: Any = trainer.optimizer
-        size = adam_scale(optimizer)
-        if size is None:
-            return
-        rate = optimizer.param_groups[0]["lr"] * self._config.strength / torch.where(size == 0, 1.0, size)
-        squares = [pull(factors, kind, rate) for factors in trained_factors(trainer.model)]
+        size = adam_scale(trainer)
+        rate = trainer.engine.groups()[0]["lr"] * self._config.strength / torch.where(size == 0, 1.0, size)
+        squares = []
+        for factors in trained_factors(trainer.model):
+            with trainer.engine.opened([factors.a, factors.b]) as (a, b):
+                squares.append(pull(replace(factors, a=a, b=b), kind, rate))
         trainer._metrics["train"]["delta_norm"].append(float(torch.stack(squares).sum().sqrt()))
 
 

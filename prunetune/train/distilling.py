@@ -13,6 +13,7 @@ from torch import Tensor
 from prunetune.config.schema import DistillConfig
 from prunetune.core.errors import Problem, UnsupportedModelError
 from prunetune.model.distillation import token_divergence
+from prunetune.model.sharded import readable
 from prunetune.model.surgery import base_model
 from prunetune.model.token_stats import evaluating, logit_softcap, output_head
 from prunetune.train.compat import raise_if_any
@@ -59,45 +60,56 @@ class DistillingTrainer(FreezingTrainer):
         mixing: Any = contextlib.nullcontext()
         searching = self._search is not None and self._search.phase(self.state.global_step) == "search"
         if self._distill is not None and searching and self.model.training:
-            mixing = self._listening(model, self._distill)
+            mixing = self._teaching(self._distill)
         with mixing:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _listening(self, model: Any, distill: DistillConfig) -> Iterator[None]:
-        """Takes the decoder's call and output of the next forward pass, and mixes the losses it ends with."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-        decoder = base_model(self.model).base_model
+    def _teaching(self, distill: DistillConfig) -> Iterator[None]:
+        """Runs the teacher at the start of the next forward pass, and mixes the losses which that ends with.
 
-        def take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        So both are parts of one forward pass, in which engines gather weights; and the teacher comes first, before
+        they note down what the student's backward pass will need.
+        """
+        states: list[Tensor] = []  # the teacher's, then the student's
+        decoder, search = base_model(self.model).base_model, self._search
+        assert search is not None
+
+        def teach(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.is_grad_enabled():
-                calls.append((args, kwargs, output.last_hidden_state))
+                with torch.no_grad(), evaluating(self.model), search.gate_set.opened(), self.accelerator.autocast():
+                    states.append(module(*args, **kwargs).last_hidden_state)
+
+        def listen(module: Any, inputs: Any, output: Any) -> None:
+            if torch.is_grad_enabled():
+                states.append(output.last_hidden_state)
 
         def mix(module: Any, inputs: Any, output: Any) -> Any:
-            return self._mixed(output, *calls.pop(), distill)
+            teacher_BSD, student_BSD = states
+            return self._mixed(output, teacher_BSD, student_BSD, distill)
 
-        handles = [decoder.register_forward_hook(take, with_kwargs=True), model.register_forward_hook(mix)]
+        handles = [
+            decoder.register_forward_pre_hook(teach, prepend=True, with_kwargs=True),
+            decoder.register_forward_hook(listen),
+            self.model.register_forward_hook(mix),
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _mixed(
-        self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BSD: Tensor, distill: DistillConfig
-    ) -> Any:
+    def _mixed(self, output: Any, teacher_BSD: Tensor, student_BSD: Tensor, distill: DistillConfig) -> Any:
         """The output with ``log_probs`` such that TRL's sum over them is the mixed loss."""
-        assert self._search is not None
         causal, mask = base_model(self.model), output.label_mask
-        with torch.no_grad(), evaluating(self.model), self._search.gate_set.opened(), self.accelerator.autocast():
-            teacher_BSD = causal.base_model(*args, **kwargs).last_hidden_state
-        found_T = token_divergence(
-            output_head(causal),
-            hidden_BSD[:, :-1][mask],
-            teacher_BSD[:, :-1][mask],
-            temperature=distill.temperature,
-            softcap=logit_softcap(causal.config),
-        )
+        with readable(output_head(causal)) as head:
+            found_T = token_divergence(
+                head,
+                student_BSD[:, :-1][mask],
+                teacher_BSD[:, :-1][mask],
+                temperature=distill.temperature,
+                softcap=logit_softcap(causal.config),
+            )
         self._metrics["train"]["distill_kl"].append(float(found_T.detach().sum() / mask.sum().clamp(min=1)))
         found = output.log_probs.new_zeros(mask.shape).masked_scatter(mask, found_T.to(output.log_probs.dtype))
         mixed = (1 - distill.weight) * output.log_probs - distill.weight * found

@@ -6,11 +6,17 @@ in two lines. DeepSpeed is in zero.py. All methods are collective: every process
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from prunetune.model.sharded import changing, local, whole
+from prunetune.model.surgery import base_model
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -22,6 +28,8 @@ class Engine:
 
     # Whether adapters, or their float32 values, are kept elsewhere than in the model.
     shards_trained = False
+    # Whether the base's weights are whole only while a forward or backward pass needs them.
+    shards_weights = False
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -48,6 +56,19 @@ class Engine:
             if parameter in state
         }
 
+    def adam_pieces(self) -> Iterator[tuple[Mapping[str, Tensor], float]]:
+        """(what Adam keeps, its beta2) for the trained numbers of this process, each of them on one process only."""
+        kept = self.trainer.optimizer.state
+        for group in self.trainer.optimizer.param_groups:
+            for parameter in group["params"]:
+                if state := kept.get(parameter):
+                    tensors = {key: local(value) for key, value in state.items() if isinstance(value, Tensor)}
+                    yield tensors, group["betas"][1]
+
+    def opened(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[list[Tensor]]:
+        """Trained parameters, whole and in the precision that they are kept in, to be changed in place."""
+        return changing(parameters)
+
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's param groups that have parameters, in the order they were made in."""
         return [group for group in self.trainer.optimizer.param_groups if group["params"]]
@@ -68,13 +89,34 @@ class Engine:
             groups.append({**group, "params": indices})
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
+    def inside(self, function: Callable[[], T]) -> T:
+        """Calls a function that runs parts of the model, where the engine finds whole weights for them."""
+        return function()
+
     def release(self) -> None:
         """Ends the engine: adapters are plain tensors of the model again, and no hook of the engine is left."""
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread over processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def in_forward(model: Any, function: Callable[[], T]) -> T:
+    """Calls a function in place of a causal LM's forward pass, with every hook around it that gathers weights.
+
+    Args:
+        model: as the engine holds it: the causal LM or a PeftModel of one. function: all processes call alike ones.
+    """
+    causal, found = base_model(model), []
+    own = vars(causal).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        found.append(function())
+
+    causal.forward = forward
+    try:
+        model()
+    finally:
+        del causal.forward
+        if own is not None:
+            causal.forward = own
+    return found[0]
 
 
 def alike(value: Tensor, parameter: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ What is private in torch here is checked by the tests of this engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,17 +14,21 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from prunetune.train.engine import Engine, whole
+from prunetune.model.sharded import whole
+from prunetune.train.engine import Engine, T, in_forward
 
 
 class Fsdp2(Engine):
     """FSDP2 through accelerate. At the freeze every process holds the model whole until the next engine spreads it."""
 
-    shards_trained = True
+    shards_trained = shards_weights = True
 
     @property
     def runs(self) -> bool:
         return any(isinstance(module, FSDPModule) for module in self.trainer.model.modules())
+
+    def inside(self, function: Callable[[], T]) -> T:
+        return in_forward(self.trainer.model, function)
 
     def release(self) -> None:
         trainer = self.trainer

@@ -91,7 +91,7 @@ def mask_refusals(trainer: Any, prune: PruneConfig) -> list[Problem]:
     found = check_mask(method, prune.mask.options())
     if found or not MASKS.get(method).reads_adapters:
         return found
-    found += engine_problems(trainer, "masks that read adapters' gradients", "mask.method")
+    found += engine_problems(trainer, "masks that read the adapters", "mask.method")
     view = AdapterView(trainer.model, trainer.dense, sites(trainer.dense, prune.target.units))
     bare = sorted({owner.site for linear in view.linears for owner in linear.owners} - _heard(view))
     if bare:

@@ -31,7 +31,7 @@ from prunetune.train.selection_epoch import EpochLosses
 from prunetune.train.selection_file import SelectionFile
 from prunetune.train.selection_memory import Memory
 from prunetune.train.selection_rows import Row, deal, in_batches, nothing_in_it, rows_of, stand_in
-from prunetune.train.selection_scoring import RowScores, Scorer, make_table, weight_norm
+from prunetune.train.selection_scoring import RowScores, Scorer, make_table
 
 # The reason of rows that a method adds because its own rule kept too few.
 TOPUP = "topup"
@@ -158,9 +158,9 @@ class SelectingTrainer(QuantizedTrainer):
         fresh = sorted(set(with_targets) - set(found))
         most = max(len(batch) * max(map(len, batch)) for batches in world for batch in batches if batch)
         shares = deal([len(rows[name]) for name in fresh], fresh, self.accelerator.num_processes)
-        share = [rows[fresh[number]] for number in shares[self.accelerator.process_index]]
         self.begin_step(step)
-        gathered = dict(gather_object(list(self._scorer.score(share, most).items())))
+        found_here = self._scorer.score([[rows[fresh[number]] for number in share] for share in shares], most)
+        gathered = dict(gather_object(list(found_here.items())))
         self._memory.remember(gathered, step)
         return found | gathered, len(fresh)
 
@@ -176,7 +176,7 @@ class SelectingTrainer(QuantizedTrainer):
         return choose_rows(select, self._table(usable, scores), unusable, self.state.global_step)
 
     def _table(self, rows: Mapping[str, Row], scores: Mapping[str, RowScores]) -> ScoreTable:
-        facts = {"weight_norm": weight_norm(self._scorer.head)} if self._scorer and "grad_norm" in self._columns else {}
+        facts = {"weight_norm": self._scorer.weight_norm()} if self._scorer and "grad_norm" in self._columns else {}
         return make_table(rows, scores, self._protection, facts)
 
     # ---- the micro-batches

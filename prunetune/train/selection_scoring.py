@@ -15,9 +15,17 @@ from torch import Tensor
 
 from prunetune.methods.online import REFERENCE, SCORED_TOKENS
 from prunetune.model.score_table import ScoreTable
+from prunetune.model.sharded import readable
 from prunetune.model.surgery import base_model
 from prunetune.model.token_rows import IGNORED_LABEL
-from prunetune.model.token_stats import evaluating, head_statistics, hidden_states, logit_softcap, output_head
+from prunetune.model.token_stats import (
+    TokenStats,
+    evaluating,
+    head_statistics,
+    hidden_states,
+    logit_softcap,
+    output_head,
+)
 from prunetune.train.selection_rows import Row
 
 
@@ -47,20 +55,34 @@ class Scorer:
         self.softcap = logit_softcap(base_model(trainer.model).config)
         self.head = output_head(base_model(trainer.model))
 
-    def score(self, rows: Sequence[Row], most_tokens: int) -> dict[str, RowScores]:
-        """id -> statistics, of rows with different ids.
+    def score(self, shares: Sequence[Sequence[Row]], most_tokens: int) -> dict[str, RowScores]:
+        """id -> statistics of this process's rows; a collective call.
 
         Args:
-            rows: the rows.
+            shares: every process's rows, with different ids.
             most_tokens: a scoring batch has at most so many tokens, padding included, unless one row alone has more.
         """
+        trainer = self._trainer
+        by_process = [list(_batches(rows, most_tokens)) for rows in shares]
+        own = by_process[trainer.accelerator.process_index]
         found: dict[str, RowScores] = {}
-        if not rows:
-            return found
-        with evaluating(self._trainer.model), torch.no_grad():
-            for batch in _batches(rows, most_tokens):
+        with evaluating(trainer.model), torch.no_grad():
+            for batch in own:
                 found |= self._score(batch)
+            if trainer.engine.shards_weights:
+                # Weights are gathered by all processes together, so those with fewer batches run along.
+                for number in range(len(own), max(map(len, by_process))):
+                    self._score(next(batches[number] for batches in by_process if len(batches) > number))
         return found
+
+    def weight_norm(self) -> float:
+        """Norm of the output layer's weight; a collective call."""
+
+        def norm() -> float:
+            with readable(self.head) as head:
+                return float(torch.linalg.vector_norm(head.weight.detach().float()))
+
+        return float(self._trainer.engine.inside(norm))
 
     def _score(self, rows: list[Row]) -> dict[str, RowScores]:
         ids_BS, labels_BS, mask_BS = (part.to(self._trainer.args.device) for part in _padded(rows))
@@ -82,15 +104,19 @@ class Scorer:
         self, ids_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         trainer = self._trainer
-        # The decoder in training's own arithmetic; the statistics of its output always in float32.
-        with trainer.accelerator.autocast():
-            causal, hidden_BSD = hidden_states(trainer.accelerator.unwrap_model(trainer.model), ids_BS, mask_BS)
         labels = labels_BS[:, 1:]
         targets = labels != IGNORED_LABEL
         sizes = targets.sum(1).tolist() if "grad_norm" in self._columns else None
-        found = head_statistics(
-            output_head(causal), hidden_BSD[:, :-1][targets], labels[targets], softcap=self.softcap, row_sizes=sizes
-        )
+
+        def statistics() -> TokenStats:
+            # The decoder in training's own arithmetic; the statistics of its output always in float32.
+            with trainer.accelerator.autocast():
+                causal, hidden_BSD = hidden_states(trainer.accelerator.unwrap_model(trainer.model), ids_BS, mask_BS)
+            hidden_TD = hidden_BSD[:, :-1][targets]
+            with readable(output_head(causal)) as head, torch.autocast(hidden_TD.device.type, enabled=False):
+                return head_statistics(head, hidden_TD, labels[targets], softcap=self.softcap, row_sizes=sizes)
+
+        found = trainer.engine.inside(statistics)
         rows = torch.nonzero(targets)[:, 0]
         counts = targets.sum(1).clamp(min=1)
         residual = torch.zeros(len(ids_BS), device=ids_BS.device).index_add_(0, rows, found.residual) / counts
@@ -98,11 +124,6 @@ class Scorer:
         if found.grad_norm is not None:
             by_row["grad_norm"] = found.grad_norm.float().cpu().numpy()
         return {name: getattr(found, name).cpu().numpy() for name in SCORED_TOKENS}, by_row
-
-
-def weight_norm(head: Any) -> float:
-    """Norm of the output layer's weight."""
-    return float(torch.linalg.vector_norm(head.weight.detach().float()))
 
 
 def make_table(

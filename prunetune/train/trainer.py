@@ -115,6 +115,8 @@ class JointTrainer(DistillingTrainer):
         finally:
             self._bar.close()
         if self._stopped_early:
+            # Launchers end the other processes as soon as one is gone, and the first may still be writing.
+            self.accelerator.wait_for_everyone()
             raise self._interruption.error(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps}; everything is saved in "
                 f"{self.args.output_dir}. Go on with `prunetune train ... --resume`, or in Python with "

@@ -6,14 +6,15 @@ pieces; DeepSpeed says which part of them belongs to which parameter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunetune.model.sharded import close
-from prunetune.train.engine import Engine
+from prunetune.train.engine import Engine, T, in_forward
 
 # What stage 3 leaves on modules; the next engine would go on using it, and with it the former one.
 _OLD_ENGINES = ("pre_bwd_fn", "post_bwd_fn")
@@ -53,6 +54,25 @@ class Zero(Engine):
             | {key: value.clone() for key, value in scalars.items()}
             for name, parameter in self.trained().items()
         }
+
+    def adam_pieces(self) -> Iterator[tuple[Mapping[str, Tensor], float]]:
+        [beta2] = {group["betas"][1] for group in self.groups()}
+        for flat in self._flat_pieces():
+            yield self._zero.optimizer.state[flat], beta2
+
+    @contextlib.contextmanager
+    def opened(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param as full
+
+        values = [full(parameter) for parameter in parameters]
+        yield values
+        for parameter, value in zip(parameters, values, strict=True):
+            self._put(parameter, value, None)
+            self._show(parameter, value)
+
+    def _show(self, parameter: Any, value: Tensor) -> None:
+        """Gives the model a value that the optimizer has already."""
+        parameter.data.copy_(value)
 
     def groups(self) -> list[dict[str, Any]]:
         # DeepSpeed left the empty ones out, and in stage 3 takes the parameters away between steps.
@@ -101,6 +121,8 @@ class Zero(Engine):
 class ZeroThree(Zero):
     """DeepSpeed with ZeRO stage 3: of the base weights every process holds a part, too."""
 
+    shards_weights = True
+
     def _flat_pieces(self) -> list[Tensor]:
         return list(self._zero.fp32_partitioned_groups_flat)
 
@@ -108,11 +130,22 @@ class ZeroThree(Zero):
         """Nothing: here the state itself is read."""
 
     def _put(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        self._zero.set_local_hp_param(self._part(parameter, value), parameter, key)
+
+    def _show(self, parameter: Any, value: Tensor) -> None:
+        parameter.ds_tensor.data.copy_(self._part(parameter, value))
+        if parameter.ds_persist:  # small weights are kept whole, too
+            parameter.data.copy_(value)
+
+    def _part(self, parameter: Any, value: Tensor) -> Tensor:
+        """What this process holds of a whole tensor."""
         rank, size = self.trainer.accelerator.process_index, parameter.partition_numel()
-        padded = torch.zeros(size * self.trainer.accelerator.num_processes, dtype=value.dtype)
+        padded = value.new_zeros(size * self.trainer.accelerator.num_processes)
         padded[: value.numel()] = value.flatten()
-        part = padded[rank * size : (rank + 1) * size].to(parameter.device)
-        self._zero.set_local_hp_param(part, parameter, key)
+        return padded[rank * size : (rank + 1) * size].to(parameter.device)
+
+    def inside(self, function: Callable[[], T]) -> T:
+        return in_forward(self.trainer.model, function)
 
     def release(self) -> None:
         super().release()

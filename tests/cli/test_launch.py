@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,27 @@ def test_faults_of_the_configuration_come_before_any_process(config: Path) -> No
     code, output = run(str(config), "train.max_stepz=3", "--launch", "ddp")
     assert code == 2
     assert "max_stepz" in output
+
+
+@pytest.mark.slow  # two processes of torch, twice
+def test_a_launched_run_that_is_preempted_asks_for_a_requeue(config: Path) -> None:
+    """A scheduler signals the one process that it started; the launched ones save and stop."""
+    command = [sys.executable, "-m", "prunetune", "train", str(config), "train.max_steps=60", "train.save_every=30"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    metrics = config.parent / "run" / "metrics.jsonl"
+    with subprocess.Popen([*command, "--launch", "ddp"], env=environment, stderr=subprocess.PIPE, text=True) as started:
+        deadline = time.monotonic() + 200
+        while not metrics.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        started.send_signal(signal.SIGTERM)
+        said = started.communicate(timeout=200)[1]
+    assert started.returncode == 75, said[-3000:]
+    assert "everything is saved" in " ".join(said.split())
+    [last] = [int(line) for line in re.findall(r"stopped at step (\d+) of 60", said)]
+    assert (config.parent / "run" / "train" / f"checkpoint-{last}" / "prunetune.json").is_file()
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from step {last} " in done.stdout
 
 
 @pytest.mark.slow  # two processes of torch, the export and its check in a third

@@ -2,8 +2,9 @@
 
 Arguments: JSON with ``out``, and optionally ``rows`` of a process's batch, ``accumulate``, ``resume``, ``interrupt``
 (step in which the first process is asked to stop), ``nan`` (step in which the second process's loss is NaN), ``die``
-(step in which the second process is killed), ``mask``, ``data`` (number of rows), ``tokens`` (of refit), ``args`` (of
-TRL), ``fsdp`` (see fsdp_on_cpu.py).
+(step in which the second process is killed), ``mask``, ``dtype`` (of the base), ``distill`` (weight), ``delta``
+(section), ``export`` (whether), ``data`` (number of rows), ``tokens`` (of refit), ``args`` (of TRL), ``fsdp`` (see
+fsdp_on_cpu.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from transformers import TrainerCallback
 
 from prunetune.core.errors import DivergedError
-from prunetune.model.sharded import opened
-from prunetune.train.engine import whole
+from prunetune.model.sharded import opened, whole
+from prunetune.pipeline.trainer import PruneTuneTrainer
 from tests.distributed.fsdp_on_cpu import force_fsdp
+from tests.support import tiny_model
 from tests.train.joint_runs import joint_trainer, lora, prune_config, rows, weights
 
 
@@ -77,11 +79,13 @@ def main(asked: dict[str, Any]) -> None:
     gates = Gates()
     trainer = joint_trainer(
         out,
+        model=tiny_model().to(getattr(torch, asked.get("dtype", "float32"))),
         prune=prune_config(
             asked.get("mask", "saliency"),
             refit,
             ("mlp_channels", "kv_groups", "layers"),
             distill={"weight": asked.get("distill", 0.0)},
+            delta=asked.get("delta", {}),
         ),
         peft_config=lora(lora_dropout=0.0),
         train_dataset=rows(asked.get("data", 24)),
@@ -89,6 +93,7 @@ def main(asked: dict[str, Any]) -> None:
         evaluate_at_freeze=True,
         args=args | asked.get("args", {}),
         callbacks=[Disturb(asked), gates],
+        kind=PruneTuneTrainer,
     )
     gates.trainer = trainer
     said = ""
@@ -110,6 +115,8 @@ def main(asked: dict[str, Any]) -> None:
     (out / f"process{rank}.json").write_text(json.dumps(found))
     torch.save(gates.seen, out / f"gates{rank}.pt")
     torch.save(whole_weights(trainer), out / f"weights{rank}.pt")
+    if asked.get("export"):
+        trainer.export(out / "export", verify=False)
     trainer.end()
 
 

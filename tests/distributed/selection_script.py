@@ -1,7 +1,8 @@
 """Started once per process by the tests: a tiny run that chooses rows and tokens and leaves what each process saw.
 
 Arguments: JSON with ``out``, and optionally ``rows`` of a process's batch, ``accumulate``, ``resume``, ``joint``,
-``samples``, ``tokens``, ``rescore_after``, ``lengths`` (tokens of the data set's rows, which then are plain text).
+``samples``, ``tokens``, ``rescore_after``, ``lengths`` (tokens of the data set's rows, which then are plain text),
+``fsdp`` (see fsdp_on_cpu.py).
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from tests.train.joint_runs import joint_trainer, lora, prune_config, rows, weights
+from tests.distributed.fsdp_on_cpu import force_fsdp
+from tests.distributed.joint_script import whole_weights
+from tests.train.joint_runs import joint_trainer, lora, prune_config, rows
 from tests.train.selecting_runs import losses, select
 
 
 def main(asked: dict[str, Any]) -> None:
     """One process of the run."""
     torch.set_num_threads(1)
+    if asked.get("fsdp"):
+        force_fsdp()
     out = Path(asked["out"])
     data = rows(24)
     if "lengths" in asked:
@@ -49,6 +54,7 @@ def main(asked: dict[str, Any]) -> None:
     trainer.train(resume_from_checkpoint=bool(asked.get("resume")))
     rank = trainer.accelerator.process_index
     found = {
+        "engine": trainer.accelerator.distributed_type.value,
         "processes": trainer.accelerator.num_processes,
         "step": trainer.state.global_step,
         "plan": trainer.plan.digest() if trainer.plan else None,
@@ -56,7 +62,7 @@ def main(asked: dict[str, Any]) -> None:
         "micro_batches": micro_batches,
     }
     (out / f"process{rank}.json").write_text(json.dumps(found))
-    torch.save(weights(trainer), out / f"weights{rank}.pt")
+    torch.save(whole_weights(trainer), out / f"weights{rank}.pt")
     trainer.end()
 
 

@@ -74,7 +74,7 @@ def compile_communication() -> None:
 
 
 def start(out: Path, engine: str | None = None, **asked: Any) -> list[dict[str, Any]]:
-    """A run in two processes of an engine, or in one."""
+    """A run in two processes of an engine, or in one; ``script`` and what it is asked for."""
     if engine is None:
         return launch(1, out, **asked)
     if engine.startswith("zero"):

@@ -71,12 +71,13 @@ def joint_trainer(
     peft_config: Any = "default",
     train_dataset: Any = None,
     args: dict[str, Any] | None = None,
+    kind: type[JointTrainer] = JointTrainer,
     **kwargs: Any,
-) -> JointTrainer:
-    """A JointTrainer of a tiny llama; ``args`` are changes of ``sft_args``, the rest goes to the trainer."""
+) -> Any:
+    """A trainer of a tiny llama; ``args`` are changes of ``sft_args``, the rest goes to the trainer."""
     if peft_config == "default":
         peft_config = lora()
-    return JointTrainer(
+    return kind(
         tiny_model() if model is None else model,
         sft_args(out, **(args or {})),
         prune=prune_config() if prune == "default" else prune,

@@ -14,9 +14,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from prunetune.model.gates import GateSet
+from prunetune.model.sharded import whole
 from prunetune.model.surgery import base_model, slice_model
 from prunetune.model.units import sites
-from prunetune.train.engine import alike, whole
+from prunetune.train.engine import alike
 from prunetune.train.fsdp import undo_fully_shard
 from tests.support import batch, logits, random_plan, tiny_arch, tiny_model
 from tests.train.joint_runs import lora

@@ -99,7 +99,7 @@ def test_losses_are_those_of_the_training_forward(
     from prunetune.train.selection_rows import rows_of
 
     batch = asked.data_collator([asked.train_dataset[i] for i in range(12)])
-    scored = asked._scorer.score(rows_of(batch), 1000)
+    scored = asked._scorer.score([rows_of(batch)], 1000)
     assert table._losses.keys() == scored.keys()
     for name, found in scored.items():
         assert table._losses[name] == pytest.approx(float(found.tokens["nll"].mean()), rel=1e-5)

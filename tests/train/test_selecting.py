@@ -207,21 +207,21 @@ def test_scoring_leaves_the_model_and_the_random_state_alone(tmp_path: Path) -> 
     trainer.model.get_base_model().model.layers[1].eval()
     before = {name: module.training for name, module in trainer.model.named_modules()}
     state, row = torch.get_rng_state(), Row(np.arange(5, 15), np.arange(5, 15))
-    first = trainer._scorer.score([row], 100)[row.id]
+    first = trainer._scorer.score([[row]], 100)[row.id]
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: module.training for name, module in trainer.model.named_modules()} == before
     assert all(p.grad is None for p in trainer.model.parameters())
-    again = trainer._scorer.score([row], 100)[row.id]
+    again = trainer._scorer.score([[row]], 100)[row.id]
     assert all(np.array_equal(first.tokens[name], again.tokens[name]) for name in first.tokens), "dropout is off"
 
 
 def test_reference_is_the_model_without_its_adapters(tmp_path: Path) -> None:
     trainer = plain_trainer(tmp_path / "run", select(None, {"method": "excess_loss", "kept": "50%"}))
     row = Row(np.arange(5, 15), np.arange(5, 15))
-    fresh = trainer._scorer.score([row], 100)[row.id].tokens
+    fresh = trainer._scorer.score([[row]], 100)[row.id].tokens
     assert np.array_equal(fresh["nll"], fresh["reference_nll"]), "new adapters change nothing"
     trainer.train()
-    moved = trainer._scorer.score([row], 100)[row.id].tokens
+    moved = trainer._scorer.score([[row]], 100)[row.id].tokens
     assert np.array_equal(moved["reference_nll"], fresh["nll"])
     assert not np.array_equal(moved["nll"], fresh["nll"])
 

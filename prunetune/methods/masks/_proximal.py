@@ -5,12 +5,14 @@ Legend: O output and I input features of a linear, r LoRA rank, U units of a sit
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from prunetune.model.adapters import AdaptedLinear, Owner
+from prunetune.model.sharded import changing
 
 
 @torch.no_grad()
@@ -22,22 +24,28 @@ def shrink(linears: Iterable[AdaptedLinear], amounts: Mapping[str, Tensor]) -> N
     Args:
         linears: changed in place. amounts: site -> (U,) what is taken off each unit's norm; 0 leaves it alone.
     """
-    slices = [
-        (owner, part)
-        for linear in linears
-        if linear.adapted
-        for owner in linear.owners
-        if owner.site in amounts and bool(amounts[owner.site].any())
-        for part in _slices(linear, owner)
-    ]
-    squares: dict[str, Tensor] = {}
-    for owner, part_Usr in slices:
-        own_U = part_Usr.float().square().sum((1, 2)).cpu()
-        squares[owner.site] = squares.get(owner.site, torch.zeros(owner.units)).index_add(0, _units(owner), own_U)
-    for owner, part_Usr in slices:
-        norm_U = squares[owner.site].sqrt()
-        left_U = (norm_U - amounts[owner.site]).clamp(min=0) / norm_U.clamp(min=1e-30)
-        part_Usr *= left_U[_units(owner)].to(part_Usr)[:, None, None]
+    with contextlib.ExitStack() as stack:
+        slices = [
+            (owner, part)
+            for linear in linears
+            if linear.adapted and any(_shrinks(owner, amounts) for owner in linear.owners)
+            for a_rI, b_Or in [stack.enter_context(changing(linear.factors()[:2]))]
+            for owner in linear.owners
+            if _shrinks(owner, amounts)
+            for part in _slices(a_rI, b_Or, owner)
+        ]
+        squares: dict[str, Tensor] = {}
+        for owner, part_Usr in slices:
+            own_U = part_Usr.float().square().sum((1, 2)).cpu()
+            squares[owner.site] = squares.get(owner.site, torch.zeros(owner.units)).index_add(0, _units(owner), own_U)
+        for owner, part_Usr in slices:
+            norm_U = squares[owner.site].sqrt()
+            left_U = (norm_U - amounts[owner.site]).clamp(min=0) / norm_U.clamp(min=1e-30)
+            part_Usr *= left_U[_units(owner)].to(part_Usr)[:, None, None]
+
+
+def _shrinks(owner: Owner, amounts: Mapping[str, Tensor]) -> bool:
+    return owner.site in amounts and bool(amounts[owner.site].any())
 
 
 def _units(owner: Owner) -> Tensor:
@@ -45,10 +53,9 @@ def _units(owner: Owner) -> Tensor:
     return torch.arange(owner.units) if owner.axis is not None else torch.tensor([owner.unit])
 
 
-def _slices(linear: AdaptedLinear, owner: Owner) -> Iterator[Tensor]:
+def _slices(a_rI: Tensor, b_Or: Tensor, owner: Owner) -> Iterator[Tensor]:
     """Views (U, s, r), or (U, s, r) for one unit: what the owner's units have of the factors."""
-    a_rI, b_Or, _ = linear.factors()
     if owner.axis in (0, None):
-        yield b_Or.data.unflatten(0, (-1, owner.span)) if owner.axis == 0 else b_Or.data[None]
+        yield b_Or.unflatten(0, (-1, owner.span)) if owner.axis == 0 else b_Or[None]
     if owner.axis in (1, None):
-        yield a_rI.data.T.unflatten(0, (-1, owner.span)) if owner.axis == 1 else a_rI.data.T[None]
+        yield a_rI.T.unflatten(0, (-1, owner.span)) if owner.axis == 1 else a_rI.T[None]
