@@ -15,16 +15,16 @@ from prunetune.core.console import console, note
 _SMALL, _LARGE = 1e-3, 5e-3
 
 
-def show_info(records: Sequence[dict[str, Any]]) -> None:
-    """Prints medians over layers for every kind of matrix, and advice. R is what ``model.deltas.alignment`` says."""
+def show_info(records: Sequence[dict[str, Any]], each: bool = False) -> None:
+    """Prints every matrix, or medians over layers for every kind, and advice. R: see ``model.deltas.alignment``."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault((record["model"], record["name"].removesuffix(".weight").rpartition(".")[2]), []).append(
-            record
-        )
+        name = record["name"].removesuffix(".weight")
+        groups.setdefault((record["model"], name if each else name.rpartition(".")[2]), []).append(record)
     several = len({model for model, _ in groups}) > 1
     rates = list(next((record["errors"] for record in records if "errors" in record), {}))
-    title = "Changes, medians over layers" + ("; error of the output if so much is dropped by lot" if rates else "")
+    title = "Changes" if each else "Changes, medians over layers"
+    title += "; error of the output if so much is dropped by lot" if rates else ""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in [*(["model"] if several else []), "matrix"]:
         table.add_column(name, no_wrap=True)

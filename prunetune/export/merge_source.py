@@ -11,6 +11,9 @@ from prunetune.model.delta_inputs import Inputs
 from prunetune.model.deltas import Delta
 from prunetune.model.tuned import Tuned
 
+# What sends tokens to experts: small, and a few entries less change which experts are asked.
+_ROUTER = re.compile(r"(^|\.)(router|gate)\.weight$")
+
 
 @dataclass(frozen=True)
 class Special:
@@ -49,8 +52,10 @@ class Source:
 
     def method_of(self, name: str) -> DeltaMethod | None:
         """What prunes a tensor's delta; None: nothing does, because its method looks at inputs of linears and the
-        tensor is no linear's."""
+        tensor is no linear's, or it is a router and nobody asked for that."""
         found = self._special(name)
+        if (found is None or found.method is None) and _ROUTER.search(name):
+            return None
         method = self.method if found is None or found.method is None else found.method
         return None if method.calibrated and self.measured and name not in self.measured else method
 

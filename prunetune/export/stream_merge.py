@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class MergeSettings:
         consensus: see ``combine``. normalise: see ``combine``. scale: of the merged delta.
         seed: of random masks. dtype: of the floating point tensors that are written; None: as the base stores them.
         shard_size: a weights file is at most so many bytes. block_bytes: of rows in work at once.
+        keep_zeros: entries of matrices that are 0 in the base stay 0; None: it has too few to ask.
     """
 
     consensus: bool = False
@@ -55,6 +57,7 @@ class MergeSettings:
     dtype: torch.dtype | None = None
     shard_size: int = 2 * 10**9
     block_bytes: int = BLOCK_BYTES
+    keep_zeros: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class StreamMerge:
         self.slices = BaseSlices(self._reader, {HEAD: EMBEDDING} if tied else {})
         # Name in the base -> the deltas that are added there, each with its source.
         self._deltas: dict[str, list[tuple[Source, Place]]] = {}
-        self._replaced: dict[str, Callable[[], Tensor]] = {}
+        # Name in the base -> tensors that stand there whole, each with its source.
+        self._replaced: dict[str, list[tuple[Source, Callable[[], Tensor]]]] = {}
         self._ranked: dict[str, Mapping[str, tuple[int, int]]] = {}
         for source in sources:
             self._take(source, surgery)
@@ -128,19 +132,20 @@ class StreamMerge:
                     f"{found}: {advice}"
                 )
             self._deltas.setdefault(here, []).append((source, place))
-        replaced = source.tuned.replaced(self.slices)
-        both = sorted(set(replaced) & set(self._replaced))
-        if both and len(self.sources) > 1:
-            warn(f"{len(both)} tensors come whole from several sources (such as {both[0]}); the last one's are taken")
-        self._replaced |= replaced
+        for name, build in source.tuned.replaced(self.slices).items():
+            here = name if surgery is None else surgery.rename(name)
+            if here is not None:
+                self._replaced.setdefault(here, []).append((source, build))
 
     def _all_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that is written. A head that was tied and is changed alone stands on its own from now on."""
         shapes = {name: entry.shape for name, entry in self._reader.entries.items()}
         if self.slices.tied and self._tears_the_tie():
             shapes[HEAD] = shapes[EMBEDDING]
-        for name, build in self._replaced.items():
-            shapes[name] = tuple(build().shape)
+        for name, parts in self._replaced.items():
+            shapes[name] = tuple(parts[-1][1]().shape)
+            if len(parts) > 1 and shapes[name] != self.slices.shape(name):
+                warn(f"{name} has other than the base's rows in several sources; the last one's is taken")
         return shapes
 
     def _tears_the_tie(self) -> bool:
@@ -149,8 +154,8 @@ class StreamMerge:
             return True
         alone = any(not source.tuned.moves_tied_head for source, _ in self._deltas.get(EMBEDDING, ()))
         # A whole new embedding of another size brings its head with it.
-        build = self._replaced.get(EMBEDDING)
-        return alone or (build is not None and tuple(build().shape) == self.slices.shape(EMBEDDING))
+        parts = self._replaced.get(EMBEDDING)
+        return alone or (parts is not None and tuple(parts[-1][1]().shape) == self.slices.shape(EMBEDDING))
 
     def write(self, folder: Path, metadata: Mapping[str, Any], *, replace: bool = False) -> None:
         """Writes the merged model folder; goes on where an interrupted merge of the same kind stopped.
@@ -228,7 +233,7 @@ class StreamMerge:
             ExportError: numbers that are not finite came out.
         """
         if name in self._replaced:
-            return self._cast(self._replaced[name]()).contiguous()
+            return self._whole(name).contiguous()
         if name not in self._deltas:
             return self._cast(self._reader.read(self.slices.name(name))).contiguous()
         pruned = [part.pruned() for part in self.parts(name)]
@@ -242,6 +247,8 @@ class StreamMerge:
             blocks = [delta.rows(start, stop) for delta in pruned]
             total = combine(blocks, weights, consensus=self.settings.consensus, normalise=self.settings.normalise)
             rows = base(start, stop)
+            if self.settings.keep_zeros:
+                total = total * (rows != 0)
             found = self._cast(rows.float() + self.settings.scale * total, rows.dtype)
             if not bool(torch.isfinite(found).all()):
                 raise ExportError(
@@ -252,6 +259,20 @@ class StreamMerge:
             merged[start:stop] = found
         assert merged is not None
         return merged
+
+    def _whole(self, name: str) -> Tensor:
+        """A tensor that sources trained whole: the only one's, or the weighted sum of their changes, unpruned."""
+        parts, settings = self._replaced[name], self.settings
+        found = [build() for _, build in parts]
+        weights = [source.weight_of(name) for source, _ in parts]
+        if self.slices.shape(name) != tuple(found[-1].shape) or not found[-1].is_floating_point():
+            return self._cast(found[-1])
+        if len(self.sources) == 1 and weights == [1.0] and settings.scale == 1:
+            return self._cast(found[0], self.slices.rows(name)(0, 1).dtype)
+        base = self._reader.read(self.slices.name(name))
+        changes = [(tensor.float() - base.float()).flatten()[None] for tensor in found]
+        total = combine(changes, weights, consensus=settings.consensus, normalise=settings.normalise)
+        return self._cast(base.float() + settings.scale * total.reshape(base.shape), base.dtype)
 
     def parts(self, name: str) -> list[Part]:
         """What each source adds to a tensor."""
@@ -298,8 +319,8 @@ class StreamMerge:
 
     @property
     def replaced(self) -> Mapping[str, Callable[[], Tensor]]:
-        """Tensors that come whole from a source."""
-        return self._replaced
+        """Tensors that sources trained whole."""
+        return {name: partial(self._whole, name) for name in self._replaced}
 
     @property
     def changed(self) -> list[str]:

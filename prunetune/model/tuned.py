@@ -205,7 +205,7 @@ class _Dora(Delta):
 class TunedModel(Tuned):
     """A whole fine-tuned model folder: delta = tuned - base, matrix by matrix.
 
-    Vectors (norms, biases) and matrices of another shape than the base's (added vocabulary) are taken whole.
+    Vectors (norms, biases), and an embedding and head of other than the base's rows (added vocabulary), are no deltas.
     """
 
     def __init__(self, folder: Path):
@@ -214,11 +214,34 @@ class TunedModel(Tuned):
         self.moves_tied_head = HEAD not in self._reader.entries
 
     def changed(self, base: BaseSlices) -> dict[str, tuple[int, int]]:
+        self._check(base)
         return {
             name: (entry.shape[0], entry.shape[1])
             for name, entry in self._reader.entries.items()
             if len(entry.shape) == 2 and base.shape(name) == entry.shape
         }
+
+    def _check(self, base: BaseSlices) -> None:
+        """That it has the base's tensors, no others, and of the same shapes, but for tied heads and vocabulary."""
+        entries, advice = self._reader.entries, "is this the base it was tuned from?"
+        if strange := [name for name in entries if base.shape(name) is None]:
+            raise UnsupportedModelError(
+                f"{self.folder} has {strange[0]}, which {base.reader.folder} does not have: {advice}"
+            )
+        tied = base.tied.get(HEAD) is not None
+        if missing := [name for name in base.reader.entries if name not in entries and not (name == HEAD and tied)]:
+            raise UnsupportedModelError(
+                f"{self.folder} lacks {missing[0]} and {len(missing) - 1} more of the base's tensors; copy or save it "
+                "again, whole"
+            )
+        for name, entry in entries.items():
+            shape = base.shape(name)
+            assert shape is not None
+            if entry.shape != shape and not (name in (EMBEDDING, HEAD) and entry.shape[1:] == shape[1:]):
+                raise PlanMismatchError(
+                    f"{self.folder} has {name} of shape {entry.shape}, and in {base.reader.folder} it is {shape}: "
+                    f"{advice} Of a pruned base, merge into the dense one, then prune"
+                )
 
     def delta(self, place: Place, base: BaseSlices) -> Delta:
         if place.rows is not None or place.columns is not None:

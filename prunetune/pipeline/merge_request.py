@@ -89,6 +89,8 @@ class MergeRequest:
             found.append(
                 Problem(f"{self.how} makes a sum that is no product of factors; take linear or average", "--output")
             )
+        if self.output == "adapter" and self.settings.keep_zeros is not None:
+            found.append(Problem("is about the base's own weights, and an adapter has none", "--keep-zeros"))
         if self.quantized not in (None, *KINDS):
             found.append(Problem(f"is {self.quantized}; {suggest(str(self.quantized), KINDS)}", "--quantized"))
         found += self._rescale_problems() or check_delta(self.method, self.method_options)

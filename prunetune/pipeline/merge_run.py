@@ -32,6 +32,8 @@ from prunetune.pipeline.merge_request import MergeRequest
 
 # Above this mean change of a weight the base is likely not the one that was tuned, or training went on for long.
 _LARGE_CHANGE = 5e-3
+# A base of which more is 0 was pruned entry by entry.
+_MANY_ZEROS = 0.1
 DROPS = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -45,6 +47,8 @@ def merge_run(request: MergeRequest, out: Path, *, overwrite: bool = False) -> N
     found = ready(request)
     merge, facts = found.merge, metadata(request, found.merge, found.options)
     refuse_large_changes(merge, request)
+    if request.output == "model":
+        ask_about_zeros(merge)
     if request.output == "adapter":
         write_adapter(merge, out, facts, replace=overwrite)
         note(f"{len(request.folders)} adapter(s) made one of {len(merge.changed)} matrices: {out}")
@@ -75,7 +79,7 @@ def refuse_large_changes(merge: StreamMerge, request: MergeRequest) -> None:
     """
     for source in merge.sources:
         means, dropped = [], 0.0
-        for name in merge.changed[:: max(1, len(merge.changed) // 8)]:
+        for name in _sample(merge):
             for part in merge.parts(name):
                 if part.source is source:
                     means.append(float(part.delta.rows(0, min(64, part.delta.shape[0])).abs().mean()))
@@ -95,6 +99,35 @@ def refuse_large_changes(merge: StreamMerge, request: MergeRequest) -> None:
                 "magnitude, or wanda with --calibration), drop at most 50%, or insist with --allow-large"
             )
         warn(f"{fact}; random dropping is not safe at this size")
+
+
+def ask_about_zeros(merge: StreamMerge) -> None:
+    """A base that was pruned entry by entry: whether its zeros stay must be said, because both have a price.
+
+    Raises:
+        DataError: nobody said it.
+    """
+    zeros = count = lost = whole = 0.0
+    for name in _sample(merge):
+        for part in merge.parts(name):
+            change = part.delta.rows(0, min(64, part.delta.shape[0]))
+            empty = merge.slices.rows(name)(0, len(change)) == 0
+            zeros, count = zeros + float(empty.sum()), count + empty.numel()
+            lost, whole = lost + float(change[empty].square().sum()), whole + float(change.square().sum())
+    share, missing = zeros / max(count, 1), math.sqrt(lost / whole) if whole else 0.0
+    fact = f"{share:.0%} of {merge.base} is 0, and {missing:.0%} of the change (by its norm) is there"
+    if merge.settings.keep_zeros:
+        note(f"{fact}: it is left out, so that what is 0 stays 0")
+    elif share > _MANY_ZEROS and merge.settings.keep_zeros is None:
+        raise DataError(
+            f"{fact}. Say --keep-zeros to leave that out (fine if the sources were trained with these zeros), or "
+            "--fill-zeros to merge everything, after which the base is no longer sparse"
+        )
+
+
+def _sample(merge: StreamMerge) -> list[str]:
+    """Some matrices that get a delta, from all depths."""
+    return merge.changed[:: max(1, len(merge.changed) // 8)]
 
 
 @dataclass(frozen=True)
@@ -206,6 +239,7 @@ def metadata(request: MergeRequest, merge: StreamMerge, options: Mapping[str, An
         "quantized": request.quantized,
         "onto": request.onto,
         "scale": merge.settings.scale,
+        "keep_zeros": merge.settings.keep_zeros,
         "seed": merge.settings.seed,
         "dtype": str(merge.settings.dtype),
         "shard_size": merge.settings.shard_size,

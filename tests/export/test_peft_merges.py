@@ -58,15 +58,14 @@ def test_sums_of_products(kind: str, base: Path, tuned: list[Path], tmp_path: Pa
     same(tensors(merged(tmp_path, [again], base, "once more")), found, tensors(base))
 
 
-# PEFT keeps int(density * entries); at these rates that is the count that is asked for, in all shapes of the model.
-@pytest.mark.parametrize("drop", [0.5, 0.75])
+@pytest.mark.parametrize("drop", [0.5, 0.81])
 def test_the_largest_of_products(drop: float, base: Path, tuned: list[Path], tmp_path: Path) -> None:
     request = {"delta": "magnitude", "options": {"drop": drop}}
     found = tensors(merged(tmp_path, tuned, base, weights=WEIGHTS, **request))
-    same(found, by_peft(base, tuned, "magnitude_prune_svd", WEIGHTS, density=1 - drop), tensors(base))
+    same(found, by_peft(base, tuned, "magnitude_prune_svd", WEIGHTS, density=round(1 - drop, 2)), tensors(base))
     # TIES: PEFT elects before it weighs and divides by the number of models; equal weights of 1 are all the same.
     found = tensors(merged(tmp_path, tuned, base, "ties", how="ties", options={"drop": drop}))
-    same(found, by_peft(base, tuned, "ties_svd", [1.0, 1.0, 1.0], density=1 - drop), tensors(base))
+    same(found, by_peft(base, tuned, "ties_svd", [1.0, 1.0, 1.0], density=round(1 - drop, 2)), tensors(base))
 
 
 @pytest.mark.parametrize("how", ["dare_linear", "dare_ties"])

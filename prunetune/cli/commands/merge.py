@@ -59,6 +59,10 @@ def merge(
     plan: Plan = None,
     calibration: Calibration = None,
     scale: Annotated[float, typer.Option(help="of the merged delta")] = 1.0,
+    keep_zeros: Annotated[
+        bool | None,
+        typer.Option("--keep-zeros/--fill-zeros", help="of a base pruned entry by entry: what is 0 in it stays 0"),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as the base is stored")
     ] = None,
@@ -91,7 +95,9 @@ def merge(
         _options(drop, options),
         plan,
         calibration,
-        MergeSettings(scale=scale, seed=seed, dtype=_dtype(dtype), shard_size=_bytes(shard_size)),
+        MergeSettings(
+            scale=scale, seed=seed, dtype=_dtype(dtype), shard_size=_bytes(shard_size), keep_zeros=keep_zeros
+        ),
         rescale,
         _one_of("--judge", judge, "loss", "outputs"),
         [parse_rule(rule) for rule in rules or ()],
@@ -104,7 +110,13 @@ def merge(
 
 
 @delta.command("info")
-def info(sources: Folders, base: Base, plan: Plan = None, calibration: Calibration = None) -> None:
+def info(
+    sources: Folders,
+    base: Base,
+    plan: Plan = None,
+    calibration: Calibration = None,
+    each: Annotated[bool, typer.Option("--each", help="a line for every matrix, not medians over layers")] = False,
+) -> None:
     """Show how large the changes are, tensor by tensor, and how much of them could be dropped."""
     from prunetune.cli.delta_view import show_info
     from prunetune.export.stream_merge import MergeSettings
@@ -112,7 +124,7 @@ def info(sources: Folders, base: Base, plan: Plan = None, calibration: Calibrati
     from prunetune.pipeline.merge_run import delta_info
 
     request = MergeRequest(sources, base, plan=plan, calibration=calibration, settings=MergeSettings())
-    show_info(delta_info(request))
+    show_info(delta_info(request), each)
 
 
 @delta.command("save")

@@ -5,6 +5,7 @@ Legend: m x n the delta's shape, b rows of a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -14,6 +15,11 @@ from prunetune.model.deltas import Delta, Mapped
 
 _BITS = 16
 Score = Callable[[Tensor], Tensor]
+
+
+def share_of(count: int, keep: float) -> int:
+    """Of ``count`` entries, rounded down as in mergekit and PEFT; 1 - 0.7 of ten are three all the same."""
+    return math.floor(keep * count + 1e-6)
 
 
 def largest_of_rows(delta: Delta, count: int, score: Score, skip: int = 0) -> Delta:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from prunetune.core.errors import DataError
 from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions
-from prunetune.methods.deltas._largest import largest_of_rows, largest_of_tensor, shares
+from prunetune.methods.deltas._largest import largest_of_rows, largest_of_tensor, share_of, shares
 from prunetune.model.deltas import Delta
 
 
@@ -47,11 +47,11 @@ class Magnitude(DeltaMethod):
                 raise DataError(f"magnitude ranks all tensors together, and {delta.place.name} was given alone")
             return largest_of_tensor(delta, context.ranks[1], skip=context.ranks[0])
         if self.options.scope == "tensor":
-            return largest_of_tensor(delta, round((1 - drop) * m * n), skip=round(outliers * m * n))
-        return largest_of_rows(delta, round((1 - drop) * n), lambda block: block.abs(), skip=round(outliers * n))
+            return largest_of_tensor(delta, share_of(m * n, 1 - drop), skip=share_of(m * n, outliers))
+        return largest_of_rows(delta, share_of(n, 1 - drop), lambda block: block.abs(), skip=share_of(n, outliers))
 
     def ranks_of(self, deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int]]:
         total = sum(delta.shape[0] * delta.shape[1] for delta in deltas.values())
-        skip = round(min(self.options.outliers, self.options.drop) * total)
-        leaving, ranked = shares(deltas, skip), shares(deltas, skip + round((1 - self.options.drop) * total))
+        skip = share_of(total, min(self.options.outliers, self.options.drop))
+        leaving, ranked = shares(deltas, skip), shares(deltas, skip + share_of(total, 1 - self.options.drop))
         return {name: (leaving[name], ranked[name] - leaving[name]) for name in deltas}

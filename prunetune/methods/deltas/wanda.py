@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunetune.core.errors import DataError
 from prunetune.methods.deltas import DELTAS, DeltaContext, DeltaMethod, DropOptions
-from prunetune.methods.deltas._largest import largest_of_rows
+from prunetune.methods.deltas._largest import largest_of_rows, share_of
 from prunetune.model.deltas import Delta
 
 
@@ -30,4 +30,4 @@ class WandaDelta(DeltaMethod):
         if self.options.drop == 0:
             return delta
         size = inputs.float().sqrt()
-        return largest_of_rows(delta, round((1 - self.options.drop) * delta.shape[1]), lambda block: block.abs() * size)
+        return largest_of_rows(delta, share_of(delta.shape[1], 1 - self.options.drop), lambda block: block.abs() * size)

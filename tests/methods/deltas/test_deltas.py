@@ -234,7 +234,7 @@ def test_magnitude_keeps_exactly_the_largest(scope, outliers):
     found = applied("magnitude", full(), 0.7, scope=scope, outliers=outliers).whole()
     parts = zip(dense, found) if scope == "row" else [(dense.flatten(), found.flatten())]
     for before, after in parts:
-        count, skip = round(0.3 * len(before)), round(outliers * len(before))
+        count, skip = int(0.3 * len(before) + 1e-6), int(outliers * len(before))
         order = before.abs().argsort(descending=True)[skip : skip + count]
         assert set(after.nonzero().flatten().tolist()) == set(order.tolist())
 
@@ -251,9 +251,9 @@ def test_magnitude_over_the_whole_model_keeps_the_largest_of_all_tensors(outlier
     found = torch.cat([method.apply(parts[n], DeltaContext(ranks=ranks[n])).whole().flatten() for n in parts])
     everything = torch.cat([w.flatten() for w in dense.values()])
     order = torch.sort(everything.abs(), descending=True, stable=True).indices
-    skip = round(outliers * everything.numel())
+    skip = int(outliers * everything.numel())
     expected = torch.zeros_like(everything)
-    chosen = order[skip : skip + round(0.1 * everything.numel())]
+    chosen = order[skip : skip + int(0.1 * everything.numel())]
     expected[chosen] = everything[chosen]
     assert torch.equal(found, expected)
     with pytest.raises(DataError, match="alone"):
@@ -285,7 +285,7 @@ def test_wanda_weighs_by_inputs():
     found = applied("wanda", lora(), 0.8, ctx).whole()
     score = lora().whole().abs() * ctx.inputs.sqrt()
     for row in range(M):
-        best = score[row].topk(round(0.2 * N)).indices
+        best = score[row].topk(int(0.2 * N)).indices
         assert set(found[row].nonzero().flatten().tolist()) == set(best.tolist())
     with pytest.raises(DataError, match="--calibration"):
         applied("wanda", lora(), 0.5, DeltaContext())
