@@ -177,7 +177,7 @@ def _counts(full: int, may_shrink: bool) -> range:
 def _top(scores: Vector, count: int) -> tuple[int, ...]:
     """Indices of the ``count`` highest scores, sorted; among equals the lower index stays."""
     order = np.argsort(-scores, kind="stable")[:count]
-    return tuple(int(index) for index in np.sort(order))
+    return tuple(np.sort(order).tolist())
 
 
 def _kept_sums(scores: Vector) -> Vector:

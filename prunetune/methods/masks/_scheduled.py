@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -85,7 +86,7 @@ class ScheduledMask(Mask):
             target = torch.ones(site.size)
             if site.name in kept:
                 target.zero_()
-                target[list(kept[site.name])] = 1.0
+                target[torch.from_numpy(np.asarray(kept[site.name]))] = 1.0
             elif site.layer >= 0 and "layers" in kept and site.layer not in kept["layers"]:
                 # The layer's own gate closes it; its inner gates keep collecting scores, open.
                 target = self._target[site.name]
