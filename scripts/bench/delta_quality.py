@@ -108,6 +108,8 @@ class Subject:
             "strength": options.strength if regularize != "none" else None,
             "steps": options.steps,
             "learning_rate": options.learning_rate,
+            "rows": options.rows,
+            "search_rows": options.search_rows,
         }
         prepared = resolve_model(options.model)
         self._tokenizer = load_tokenizer(prepared)
