@@ -1,15 +1,18 @@
 """What joint training adds under every engine: step time and memory against plain TRL LoRA under the same engine.
 
-    python scripts/bench/scaling.py --model smollm2-135m --engines single ddp zero2 zero3 --out scaling.json
+    python scripts/bench/scaling.py --out scaling.json
 
 For every engine and number of processes the joint run (search phase) and the plain one take turns, each in fresh
-processes; ratios of median step times and of peak memory are paired by turn and given with their spread. On a CPU, and
-wherever processes share a device, times of more processes say nothing about speed: only the ratios do.
+processes, the other one first in every second turn; ratios of median step times and of peak memory are paired by turn
+and given with their spread. Beside them, from the tensors themselves, the largest process's bytes of optimizer, gates
+and mask. On a CPU, and wherever processes share a device, times of more processes say nothing about speed: only the
+ratios do. FSDP2 runs on CPUs as in the tests (tests/distributed/fsdp_on_cpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +23,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads distort shared machines
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import torch
 import yaml
@@ -38,8 +45,26 @@ from prunetune.core.streams import stream
 from prunetune.evaluate.memory import peak_resident_bytes
 from prunetune.model.resolve import resolve_model
 from prunetune.pipeline.loading import load_for_training, load_tokenizer
+from prunetune.train.engine import Engine
+from prunetune.train.launched import engine_name
+from prunetune.train.portable import PortableTrainer
+from tests.distributed.fsdp_on_cpu import force_fsdp
+from tests.support import tiny_folder
 
 KINDS = ("plain", "joint")
+# A random model whose step takes long enough for its parts to show: 25 million parameters in the decoder's linears.
+MIDDLE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 8192,
+    "max_position_embeddings": 1024,
+}
+RUNS = ("single", "ddp:2", "zero2:1", "zero2:2", "zero3:1", "zero3:2", "fsdp2:1", "fsdp2:2")
+BYTES = ("optimizer_bytes", "gate_bytes", "mask_bytes")
 # The first steps make buffers and, under ZeRO-3, a trace of what is needed when.
 SETTLING_STEPS = 3
 
@@ -49,17 +74,21 @@ def main() -> None:
     if options.only:
         measure_here(options)
         return
-    results = []
-    for engine in options.engines:
-        for processes in [1] if engine == "single" else options.processes:
-            results.append(compare(engine, processes, options))
+    began, results = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = options.model or str(tiny_folder(Path(folder) / "model", attention="sdpa", **MIDDLE))
+        for run in options.runs:
+            engine, _, processes = run.partition(":")
+            results.append(compare(engine, int(processes or 1), options))
             print(json.dumps(results[-1]), flush=True)
     found = {
-        "model": options.model,
+        "model": options.model or MIDDLE,
         "batch": options.batch,
         "length": options.length,
         "steps": options.steps,
+        "turns": options.turns,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "seconds": round(time.monotonic() - began),
         "results": results,
     }
     print(json.dumps(found, indent=2))
@@ -69,9 +98,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=["single", "ddp", "zero2", "zero3"])
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--model", help="default: a random one of 29 million parameters")
+    parser.add_argument("--runs", nargs="+", default=RUNS, metavar="ENGINE[:PROCESSES]")
     parser.add_argument("--batch", type=int, default=2, help="rows of each process")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--kept", default="60%")
@@ -80,13 +108,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="of the base")
     parser.add_argument("--only", choices=KINDS, help="one run alone, in this process; prints what it took")
+    parser.add_argument("--fsdp", action="store_true", help="with --only on CPUs: under FSDP2")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.turns < 2:
+        parser.error("--turns: a spread takes at least two")
+    for run in options.runs:
+        if run.partition(":")[0] not in ENGINES:
+            parser.error(f"no engine {run.partition(':')[0]!r}; there are {', '.join(ENGINES)}")
+    return options
 
 
 def compare(engine: str, processes: int, options: argparse.Namespace) -> dict[str, Any]:
     """Turns of both kinds under one engine."""
-    turns = [{kind: measure(kind, engine, processes, options) for kind in KINDS} for _ in range(options.turns)]
+    turns = []
+    for number in range(options.turns):
+        order = KINDS if number % 2 == 0 else KINDS[::-1]
+        turns.append({kind: measure(kind, engine, processes, options) for kind in order})
 
     def ratios(what: str) -> dict[str, float]:
         return spread([turn["joint"][what] / turn["plain"][what] for turn in turns])
@@ -96,68 +134,106 @@ def compare(engine: str, processes: int, options: argparse.Namespace) -> dict[st
         "processes": processes,
         "step_over_plain": ratios("step_seconds"),
         "memory_over_plain": ratios("peak_bytes"),
+        "memory_above_idle_over_plain": ratios("above_idle_bytes"),
         "plain_step_seconds": round(median(turn["plain"]["step_seconds"] for turn in turns), 4),
         "plain_peak_bytes": int(median(turn["plain"]["peak_bytes"] for turn in turns)),
+        **{name: int(turns[0]["joint"][name]) for name in BYTES},
+        "plain_optimizer_bytes": int(turns[0]["plain"]["optimizer_bytes"]),
     }
 
 
 def measure(kind: str, engine: str, processes: int, options: argparse.Namespace) -> dict[str, float]:
     """One run of a kind in fresh processes; the slowest process's step and the largest one's memory."""
-    own = [str(Path(__file__)), "--only", kind, "--model", options.model, "--dtype", options.dtype]
+    own = [str(Path(__file__)), "--only", kind, "--model", options.folder, "--dtype", options.dtype]
     own += [f"--{name}={getattr(options, name)}" for name in ("batch", "length", "steps", "kept", "align")]
-    command, environment = [sys.executable, *own], dict(os.environ)
+    # DeepSpeed compiles with the ninja that was installed with it.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command, environment = [sys.executable, *own], {**os.environ, "PATH": path}
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        # As many cores for each process as there would be if each had its own.
+        environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     with tempfile.TemporaryDirectory() as folder:
         if engine != "single":
-            cpu = not torch.cuda.is_available()
             file = Path(folder) / "launch.yaml"
-            file.write_text(yaml.safe_dump(launch_settings(engine, processes, cpu=cpu)))
+            forced = cpu and engine == "fsdp2"
+            file.write_text(yaml.safe_dump(launch_settings("ddp" if forced else engine, processes, cpu=cpu)))
             launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-            command = [*launcher, "--main_process_port", "0", *own]
+            command = [*launcher, "--main_process_port", "0", *own, *["--fsdp"] * forced]
             environment |= {"DS_ACCELERATOR": "cpu"} if cpu else {}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step_seconds"')]
     if done.returncode or len(found) != processes:
         sys.exit(f"{kind} under {engine} in {processes} processes failed:\n{done.stderr[-3000:]}")
-    if any(entry["processes"] != processes for entry in found):
-        sys.exit(f"{engine} was to run in {processes} processes, but ran as {found}")
-    return {name: max(entry[name] for entry in found) for name in ("step_seconds", "peak_bytes")}
+    if any((entry.pop("engine"), entry.pop("processes")) != (engine, processes) for entry in found):
+        sys.exit(f"{engine} was to run in {processes} processes, and another one did")
+    return {name: max(entry[name] for entry in found) for name in found[0]}
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step."""
+    """Seconds from one step's beginning to the next one's, everything included."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._began = 0.0
+        self.begun: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         settle()
-        self._began = time.perf_counter()
+        self.begun.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Median of the steps after the first ones."""
+        begun = self.begun[SETTLING_STEPS:]
+        return median(after - before for before, after in itertools.pairwise(begun))
+
+
+class Sizes(TrainerCallback):
+    """Bytes of what is kept beside the model, at the end of the last step."""
+
+    def __init__(self, steps: int) -> None:
+        self._last = steps
+        self.trainer: Any = None
+        self.found = dict.fromkeys(BYTES, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        settle()
-        self.seconds.append(time.perf_counter() - self._began)
+        if state.global_step < self._last:
+            return
+        engine: Engine = PortableTrainer.engine.fget(self.trainer)  # of plain TRL's trainer, too
+        self.found["optimizer_bytes"] = sum(size(*state.values()) for state, _ in engine.adam_pieces())
+        search = getattr(self.trainer, "_search", None)
+        if search is not None:
+            gates = search.gate_set
+            grads = [value.grad for value in gates._values.values() if value.grad is not None]
+            self.found["gate_bytes"] = size(*gates._values.values(), *grads, *gates._squares.values())
+            self.found["mask_bytes"] = size(*search.mask.state_dict().values())
+
+
+def size(*tensors: torch.Tensor) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def measure_here(options: argparse.Namespace) -> None:
     """Trains in this process and prints what a step took."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    clock = Clock()
+    if options.fsdp:
+        force_fsdp()
+    idle, count = psutil.Process().memory_info().rss, SETTLING_STEPS + options.steps + 1
+    clock, sizes = Clock(), Sizes(count)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(options, folder, clock)
+        trainer = sizes.trainer = build(options, folder, count, [clock, sizes])
         trainer.train()
-    steps = clock.seconds[SETTLING_STEPS : SETTLING_STEPS + options.steps]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
+    cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
+    facts = {"step_seconds": clock.seconds(), "peak_bytes": peak, "above_idle_bytes": peak - (0 if cuda else idle)}
+    facts |= {**sizes.found, "engine": engine_name(trainer), "processes": trainer.accelerator.num_processes}
     # One call, so that the lines of several processes do not mix.
-    facts = {"step_seconds": median(steps), "peak_bytes": peak, "processes": trainer.accelerator.num_processes}
     sys.stdout.write(json.dumps(facts) + "\n")
     sys.stdout.flush()
 
 
-def build(options: argparse.Namespace, folder: str, clock: Clock) -> SFTTrainer:
+def build(options: argparse.Namespace, folder: str, count: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
     """The trainer of the kind that was asked for; the joint one stops before its freeze."""
-    count = SETTLING_STEPS + options.steps
     cpu = not torch.cuda.is_available()
     # Half of the joint run's steps are search; a callback ends it there.
     args = SFTConfig(
@@ -188,11 +264,11 @@ def build(options: argparse.Namespace, folder: str, clock: Clock) -> SFTTrainer:
         "peft_config": LoraConfig(r=16, target_modules="all-linear"),
     }
     if options.only == "plain":
-        return SFTTrainer(**common, callbacks=[clock])
+        return SFTTrainer(**common, callbacks=callbacks)
     phases = {"warmup": 0.0, "search": 0.5}
     target = TargetConfig(kept=options.kept, align=options.align)
     prune = PruneConfig(target=target, mask="saliency", compensation="none", phases=phases)
-    return PruneTuneTrainer(**common, prune=prune, callbacks=[clock, StopAfter(count)])
+    return PruneTuneTrainer(**common, prune=prune, callbacks=[*callbacks, StopAfter(count)])
 
 
 class StopAfter(TrainerCallback):

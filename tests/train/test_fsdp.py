@@ -14,10 +14,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from prunetune.model.gates import GateSet
-from prunetune.model.sharded import whole
+from prunetune.model.sharded import changing, whole
 from prunetune.model.surgery import base_model, slice_model
+from prunetune.model.token_stats import evaluating, hidden_states
 from prunetune.model.units import sites
-from prunetune.train.engine import alike
+from prunetune.train.engine import alike, in_forward
 from prunetune.train.fsdp import undo_fully_shard
 from tests.support import batch, logits, random_plan, tiny_arch, tiny_model
 from tests.train.joint_runs import lora
@@ -73,6 +74,35 @@ def test_undone_model_is_the_plain_one_and_can_be_sliced_and_sharded_again(mesh:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     torch.testing.assert_close(logits(model), small)
+
+
+def test_a_part_of_the_model_runs_in_place_of_its_forward_pass_with_whole_weights(mesh: object) -> None:
+    torch.manual_seed(1)
+    plain, spread = get_peft_model(tiny_model(), lora(lora_dropout=0.0)), sharded(mesh)
+    found = []
+    for model in (plain, spread):
+        with evaluating(model), torch.no_grad():
+            forward = base_model(model).forward
+
+            def states(model: torch.nn.Module = model) -> torch.Tensor:
+                return hidden_states(model, **{f"{name}_BS": part for name, part in batch().items()})[1]
+
+            found.append(in_forward(model, states))
+            assert base_model(model).forward == forward
+    torch.testing.assert_close(found[1], found[0])
+    assert torch.equal(logits(spread.eval()), logits(spread.eval())), "its own forward is back"
+
+
+def test_what_is_changed_whole_reaches_the_parts(mesh: object) -> None:
+    parameter = next(p for p in sharded(mesh).parameters() if p.requires_grad)
+    wanted = 2 * whole(parameter.detach()) + 1
+    with changing([parameter]) as [value]:
+        value.mul_(2).add_(1)
+    assert torch.equal(whole(parameter.detach()), wanted)
+    plain = torch.nn.Parameter(torch.ones(3))
+    with changing([plain]) as [value]:
+        value.zero_()
+    assert not plain.detach().any()
 
 
 def test_whole_tensors_are_spread_like_their_parameter_and_back(mesh: object) -> None:
