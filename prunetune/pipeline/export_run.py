@@ -28,7 +28,7 @@ from prunetune.pipeline.folder import read_config
 from prunetune.pipeline.loading import TRAIN, load_for_training, load_tokenizer, load_trained
 from prunetune.pipeline.quiet import quiet_libraries
 from prunetune.pipeline.trainer import PruneTuneTrainer
-from prunetune.train.freeze import FREEZE, SCORES_FILE, load_updates
+from prunetune.train.freeze import FREEZE, SCORES_FILE, load_folds, load_updates
 from prunetune.train.settings import quantization, sft_config
 
 
@@ -118,7 +118,7 @@ def _retarget(
             prune=config.prune().model_copy(update={"target": wanted}),
             dtype=dtype,
         )
-        plan = trainer.cut_from_scores(load_file(freeze / SCORES_FILE))
+        plan = trainer.cut_from_scores(load_file(freeze / SCORES_FILE), load_folds(freeze))
         note(f"plan for {target} from the run's scores: {plan.origin['shape']}")
         warn(
             "no recover phase follows this cut. To train the smaller model on: `prunetune train CONFIG "

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from prunetune.core.console import warn
 from prunetune.core.errors import DataError
 from prunetune.core.files import read_json, sha256, sweep, sync, write_json
+from prunetune.model.fold import Fold, fold_tensors
 from prunetune.model.surgery import Surgery
 from prunetune.train.moments import MOMENTS_FILE, Moments
 
@@ -162,17 +163,18 @@ def global_step(folder: Path) -> int:
     return int(read_json(folder / STATE_FILE)["global_step"])
 
 
-def slice_checkpoint(source: Path, target: Path, surgery: Surgery) -> None:
+def slice_checkpoint(source: Path, target: Path, surgery: Surgery, folds: Mapping[str, Fold] | None = None) -> None:
     """Copies a checkpoint with its adapter and optimizer state sliced.
 
     Args:
         source: a complete checkpoint of the dense model.
         target: folder to make.
         surgery: the plan made ready for the dense model.
+        folds: maps behind linears that become part of the adapters, before these are sliced.
     """
     changed = (ADAPTER_FILE, MOMENTS_FILE, MARKER, MASK_FILE, MEMORY_FILE, LOSSES_FILE)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*changed))
-    adapter = slice_tensors(load_file(source / ADAPTER_FILE), surgery)
+    adapter = slice_tensors(fold_tensors(load_file(source / ADAPTER_FILE), folds or {}), surgery)
     save_file(adapter, target / ADAPTER_FILE, metadata={"format": "pt"})
     Moments.load(source).sliced(surgery).save(target)
     _forget_best(target / STATE_FILE)

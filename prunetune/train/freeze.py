@@ -1,8 +1,9 @@
 """The freeze: from a checkpoint of the masked dense model to one of the sliced model, and back from its folder.
 
 ``freeze/`` holds ``plan.json``, ``scores.safetensors``, ``updates.safetensors`` (base weights changed by
-compensation, already sliced), ``adapter/`` (before slicing, for another budget later) and ``checkpoint/`` (sliced,
-to resume from). It appears in one step, so a run is either before its freeze or after it.
+compensation, already sliced), ``folds.safetensors`` (maps that a mask learnt behind linears, if any), ``adapter/``
+(before slicing, for another budget later) and ``checkpoint/`` (sliced, to resume from). It appears in one step, so a
+run is either before its freeze or after it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from prunetune.core.errors import PlanMismatchError
 from prunetune.core.files import new_folder
 from prunetune.methods.compensation import Compensation
+from prunetune.model.fold import Fold, flat, fold_model, unflat
 from prunetune.model.plan import Plan
 from prunetune.model.quantized import FloatLinear, dtype_of, shape_of, weight_of
 from prunetune.model.sharded import opened
@@ -38,6 +40,7 @@ FREEZE = "freeze"
 PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.safetensors"
 UPDATES_FILE = "updates.safetensors"
+FOLDS_FILE = "folds.safetensors"
 
 # Second moments of as many linears as fit are collected in one pass over the calibration tokens.
 MOMENTS_LIMIT_BYTES = 2 * 2**30
@@ -102,17 +105,20 @@ def write_freeze(
     surgery: Surgery,
     scores: dict[str, Tensor],
     updates: dict[str, Tensor],
+    folds: Mapping[str, Fold],
 ) -> None:
     """Writes the freeze folder in one step; see the module's docstring for what is in it."""
     with new_folder(target, replace=True) as folder:
         plan.save(folder / PLAN_FILE)
         save_file({name: score.contiguous() for name, score in scores.items()}, folder / SCORES_FILE)
         save_file(updates, folder / UPDATES_FILE)
+        if folds:
+            save_file(flat(folds), folder / FOLDS_FILE)
         (folder / "adapter").mkdir()
         for file in checkpoint.glob("adapter_*"):
             shutil.copy2(file, folder / "adapter")
         sliced = folder / "checkpoint"
-        slice_checkpoint(checkpoint, sliced, surgery)
+        slice_checkpoint(checkpoint, sliced, surgery, folds)
         save_mask(sliced, load_mask(checkpoint))
         facts = read_marker(checkpoint) or {}
         write_marker(sliced, {**facts, "frozen": True, "plan": plan.digest()})
@@ -130,6 +136,7 @@ def adopt_freeze(model: nn.Module, folder: Path) -> Plan:
         PlanMismatchError: the folder belongs to another model.
     """
     plan, updates = Plan.load(folder / PLAN_FILE), load_updates(folder)
+    fold_model(base_model(model), load_folds(folder))
     surgery = Surgery(slice_model(model, plan), plan)
     apply_updates(model, surgery, updates)
     requantize(model, surgery, updates)
@@ -139,6 +146,12 @@ def adopt_freeze(model: nn.Module, folder: Path) -> Plan:
 def load_updates(folder: Path) -> dict[str, Tensor]:
     """The compensated base weights of a freeze folder, by module path in the dense model."""
     return load_file(folder / UPDATES_FILE)
+
+
+def load_folds(folder: Path) -> dict[str, Fold]:
+    """The maps that were folded into the dense model of a freeze folder, by module path; none for most masks."""
+    path = folder / FOLDS_FILE
+    return unflat(load_file(path)) if path.is_file() else {}
 
 
 def apply_updates(model: nn.Module, surgery: Surgery, updates: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from prunetune.methods.compensation import build_compensation
 from prunetune.model.architecture import Architecture, describe
 from prunetune.model.budget import Shape, describe_kept, full_shape, plan_shape, total_params
 from prunetune.model.divergence import mean_kl
+from prunetune.model.fold import Fold, fold_model
 from prunetune.model.gates import GateSet
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
@@ -129,14 +130,14 @@ class FreezingTrainer(SelectingTrainer):
     def _freeze(self, checkpoint: Path) -> None:
         """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""
         assert self._search is not None
-        step, scores = global_step(checkpoint), self._search.mask.scores()
+        step, scores, folds = global_step(checkpoint), self._search.mask.scores(), self._search.mask.folds()
         plan = self._search.decide(step)
         self._require_same_plan(plan)
         self._validate("eval_before_cut")
         self.engine.release()
-        surgery, updates = self.cut(plan)
+        surgery, updates = self.cut(plan, folds)
         if self.accelerator.is_main_process:
-            write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates)
+            write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates, folds)
         self.accelerator.wait_for_everyone()
         self._settle(surgery, load_updates(self.freeze_dir))
         self._validate("eval_after_cut")
@@ -145,13 +146,21 @@ class FreezingTrainer(SelectingTrainer):
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
 
-    def cut(self, plan: Plan) -> tuple[Surgery, dict[str, Tensor]]:
+    def cut(self, plan: Plan, folds: Mapping[str, Fold] | None = None) -> tuple[Surgery, dict[str, Tensor]]:
         """Slices the live model as the plan says, checks that nothing changed, and ends the search.
+
+        Args:
+            plan: what stays. folds: maps behind linears that the mask has learnt; they become part of the weights.
 
         Returns:
             The surgery, and the compensated base weights that ``apply_updates`` would put in.
         """
+        wanted = None
+        if folds and self._search is not None:
+            self._search.gate_set.set(hard_gates(self.planner, plan))
+            wanted = self._probe()
         self._end_search()
+        fold_model(base_model(self.model), folds or {})
         gates = GateSet(base_model(self.model), self.planner.sites)
         gates.attach()
         gates.set(hard_gates(self.planner, plan))
@@ -159,6 +168,9 @@ class FreezingTrainer(SelectingTrainer):
         surgery = Surgery(self.dense, plan)
         updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
         masked = self._probe()
+        if wanted is not None:
+            moved = mean_kl(wanted, masked)
+            note(f"maps folded into the weights, which moves the output distribution by {moved:.2g} nats")
         gates.detach()
         slice_model(self.model, plan, rounded=not self._exact)
         require_equal(masked, self._probe(), self.model, exact=self._exact, narrower=HIDDEN in plan.kept)
@@ -193,23 +205,23 @@ class FreezingTrainer(SelectingTrainer):
         updates = self._updates if self._updates is not None else load_updates(self.freeze_dir)
         return SourceWeights(self.model, Surgery(self.dense, self.plan), updates)
 
-    def cut_from_scores(self, scores: Mapping[str, Tensor]) -> Plan:
+    def cut_from_scores(self, scores: Mapping[str, Tensor], folds: Mapping[str, Fold] | None = None) -> Plan:
         """Slices the live dense model to this trainer's target by the scores of an earlier search.
 
         Args:
-            scores: site -> (U,), as a freeze folder has them.
+            scores: site -> (U,), as a freeze folder has them. folds: as there, if its mask had learnt any.
 
         Returns:
             The plan; there is no recover phase behind it unless the model is trained on.
         """
         plan = self.planner.plan(scores, origin={"method": "scores of an earlier search"})
-        surgery, self._updates = self.cut(plan)
+        surgery, self._updates = self.cut(plan, folds)
         self._settle(surgery, self._updates)
         return plan
 
     def _end_search(self) -> None:
         if self._search is not None:
-            self._search.gate_set.detach()
+            self._search.detach()
             self._search = None
 
     def _collect(self, moments: SecondMoments) -> None:

@@ -64,12 +64,19 @@ class JointSearch:
 
     def end_step(self, step: int, reduce: Callable[[GateStatistics], GateStatistics]) -> dict[str, float]:
         """Hands what the gates saw to the mask; ``reduce`` makes it the same on all processes."""
-        return self.mask.after_backward(step, reduce(self.gate_set.collect()))
+        seen = self.gate_set.collect()
+        seen = GateStatistics(seen.grad | self.mask.own_gradients(), seen.square)
+        return self.mask.after_backward(step, reduce(seen))
 
     def after_step(self, step: int, learning_rate: float) -> None:
         """Lets the mask act on the adapters that the optimizer has just moved."""
         if step >= self.phases.warmup_end:
             self.mask.after_step(step, learning_rate)
+
+    def detach(self) -> None:
+        """Takes gates and whatever belongs to the mask off the model."""
+        self.gate_set.detach()
+        self.mask.detach()
 
     def use_eval_gates(self, step: int) -> None:
         """Sets deterministic gates for an evaluation."""

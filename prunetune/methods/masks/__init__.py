@@ -20,6 +20,7 @@ from prunetune.core.registry import Registry
 from prunetune.methods.options import MethodOptions, parse_options, problems_of
 from prunetune.model.adapters import AdapterView
 from prunetune.model.budget import decoder_params, full_shape
+from prunetune.model.fold import Fold
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
@@ -93,6 +94,18 @@ class Mask(ABC):
         Args:
             step: as in ``gates``. learning_rate: of the adapters in that step.
         """
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """name -> gradient, since the last call, of tensors that the mask has put on the model's path; they come back
+        in ``statistics.grad``, the same on all ranks."""
+        return {}
+
+    def folds(self) -> dict[str, Fold]:
+        """Path of a linear -> the map that the mask has learnt behind it, to be folded in at the freeze."""
+        return {}
+
+    def detach(self) -> None:  # noqa: B027 - most masks put nothing on the model
+        """Takes off whatever the mask has put on the model."""
 
     def parameters(self) -> Iterable[Tensor]:
         """Trainable tensors of the method itself."""
