@@ -20,18 +20,20 @@ def show_info(records: Sequence[dict[str, Any]], each: bool = False) -> None:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         name = record["name"].removesuffix(".weight")
-        groups.setdefault((record["model"], name if each else name.rpartition(".")[2]), []).append(record)
+        name = name.removeprefix("model.").removeprefix("layers.") if each else name.rpartition(".")[2]
+        groups.setdefault((record["model"], name), []).append(record)
     several = len({model for model, _ in groups}) > 1
     rates = list(next((record["errors"] for record in records if "errors" in record), {}))
     title = "Changes" if each else "Changes, medians over layers"
     title += "; error of the output if so much is dropped by lot" if rates else ""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in [*(["model"] if several else []), "matrix"]:
-        table.add_column(name, no_wrap=True)
-    for name in ["count", "mean |D|", "|D|/|W|", *(["R", *rates] if rates else [])]:
+        table.add_column(name, no_wrap=not each, overflow="fold")
+    counts = [] if each else ["count"]
+    for name in [*counts, "mean |D|", "|D|/|W|", *(["R", *rates] if rates else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     for (model, name), group in groups.items():
-        cells = [*([model] if several else []), name, str(len(group))]
+        cells = [*([model] if several else []), name, *([] if each else [str(len(group))])]
         cells += [f"{_mid(group, 'mean_abs'):.1e}", f"{_mid(group, 'relative'):.1%}"]
         measured = [record for record in group if "R" in record]
         if measured:

@@ -40,7 +40,7 @@ def write_adapter(merge: StreamMerge, folder: Path, metadata: Mapping[str, Any],
         ExportError: ``folder`` exists; the method leaves no product of factors.
     """
     if folder.exists() and not (replace and (folder / MERGE_FILE).is_file()):
-        raise ExportError(f"{folder} exists; name another folder, or allow replacing a former merge there")
+        raise ExportError(f"{folder} exists; name another folder, or replace a former merge there with --overwrite")
     adapters = [source.tuned for source in merge.sources if isinstance(source.tuned, Adapter)]
     if len(adapters) < len(merge.sources):
         raise UnsupportedModelError("only adapters can become one adapter; write a model, or take --delta rank on it")

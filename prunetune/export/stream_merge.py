@@ -175,7 +175,7 @@ class StreamMerge:
     def _write(self, folder: Path, metadata: Mapping[str, Any], *, replace: bool) -> None:
         recover(folder)
         if folder.exists() and not (replace and (folder / MERGE_FILE).is_file()):
-            raise ExportError(f"{folder} exists; name another folder, or allow replacing a former merge there")
+            raise ExportError(f"{folder} exists; name another folder, or replace a former merge there with --overwrite")
         shards = self._shards()
         needed = sum(self._bytes(name) for name in self._shapes)
         work = folder.with_name(f".{folder.name}.merging")

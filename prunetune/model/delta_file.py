@@ -10,7 +10,8 @@ Layout, in a safetensors file: for every matrix ``values.<name>`` (survivors row
 * dense: all entries are values, and there are no counts.
 
 Whole tensors are ``whole.<name>``. The header holds format, version, method, seed, model name, each matrix's shape,
-encoding, drop rate and divisor, a fingerprint of the base, and a digest of everything.
+encoding, drop rate and divisor, whether a change of the embedding is one of the head that is tied to it, a fingerprint
+of the base, and a digest of everything.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def save_delta(
     *,
     method: str,
     model: str,
+    moves_tied_head: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, dict[str, int]]:
@@ -83,7 +85,7 @@ def save_delta(
     Args:
         path: file to write; must not exist.
         kept: of every changed matrix. whole: name -> tensors that are taken whole. base: what they belong to.
-        method: what pruned it, for the header. model, seed: of the lattice.
+        method: what pruned it, for the header. model, seed: of the lattice. moves_tied_head: see ``Tuned``.
         dtype: of the stored values; bfloat16 rounds each by 0.4% at most.
 
     Returns:
@@ -104,7 +106,8 @@ def save_delta(
             name, stays = part.delta.place.name, partial(_stays, part, model, seed)
             matrices[name], sizes[name] = _write(spool, part, stays, dtype)
         facts = {"version": VERSION, "method": method, "seed": seed, "model": model, "matrices": matrices}
-        said = json.dumps(facts | {"base": base_fingerprint(base)})
+        facts |= {"moves_tied_head": moves_tied_head, "base": base_fingerprint(base)}
+        said = json.dumps(facts)
         spool.finish(temporary, {"format": FORMAT, "facts": said, "sha256": _digest(said, spool.digests())})
         temporary.chmod(0o644)
     return sizes
@@ -192,6 +195,7 @@ class DeltaFile(Tuned):
                 raise _damaged(path, fault)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, f"its header is not readable ({error})") from error
+        self.moves_tied_head = bool(self.facts.get("moves_tied_head"))
         self._whole = [name for name in entries if name.startswith("whole.")]
 
     def _read(self, name: str) -> Tensor:

@@ -45,6 +45,7 @@ def save_run(request: MergeRequest, out: Path) -> None:
         merge.slices.reader,
         method=request.method,
         model=source.name,
+        moves_tied_head=source.tuned.moves_tied_head,
         seed=merge.settings.seed,
         dtype=merge.settings.dtype or torch.bfloat16,
     )

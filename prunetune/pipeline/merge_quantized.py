@@ -103,7 +103,7 @@ def write_quantized(
         merge.write(out, facts, replace=replace)
         return
     if out.exists() and not (replace and (out / MERGE_FILE).is_file()):
-        raise ExportError(f"{out} exists; name another folder, or allow replacing a former merge there")
+        raise ExportError(f"{out} exists; name another folder, or replace a former merge there with --overwrite")
     from transformers import AutoModelForCausalLM
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,9 @@ def test_info_shows_every_kind_of_matrix(place: Path) -> None:
     for word in ("down_proj", "q_proj", "99%"):
         assert word in done.output
     assert "name a file of rows" in typed("delta", "info", "a", "b", "--base", "base").output
+    each = typed("delta", "info", "a", "--base", "base", "--calibration", "rows.jsonl", "--each").output
+    assert "0.mlp.up_proj" in each
+    assert "…" not in each, "numbers are whole in 80 columns"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,8 @@ def test_info_shows_every_kind_of_matrix(place: Path) -> None:
         (("--weights", "x"), "list of numbers"),
         (("--set", "epsilon"), "KEY=VALUE"),
         (("--drop", "150%", "--delta", "dare"), "less than or equal to 1"),
+        (("--drop", "1.5", "--delta", "dare"), "write 1.5%"),
+        (("--drop", "-1", "--delta", "dare"), "greater than or equal to 0"),
         (("--delta", "dare", "--set", "dorp=1"), "drop"),
         (("--dtype", "int8"), "float32"),
         (("--how", "tise"), "ties"),

@@ -115,6 +115,16 @@ def test_a_whole_models_delta_shrinks_with_what_is_dropped(base, tmp_path):
     )
 
 
+def test_a_tied_models_file_keeps_the_tie(tmp_path: Path) -> None:
+    base, tuned = (saved(tiny_model(seed=seed, tie_word_embeddings=True), tmp_path / f"{seed}") for seed in (0, 3))
+    file = stored(base, tuned, tmp_path / "tied.delta", 0.6, delta="magnitude")
+    found = tensors(merged(tmp_path, [file], base, "applied"))
+    assert "lm_head.weight" not in found
+    expected = tensors(merged(tmp_path, [tuned], base, "direct", delta="magnitude", options={"drop": 0.6}))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_another_base_and_damage_are_refused(base, tmp_path):
     tuned = adapter(base, tmp_path / "adapter")
     file = stored(base, tuned, tmp_path / "tiny.delta")

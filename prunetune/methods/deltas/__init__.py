@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.core.errors import Problem
+from prunetune.core.errors import ConfigError, Problem
 from prunetune.core.registry import Registry
 from prunetune.core.sizes import parse_fraction
 from prunetune.methods.options import MethodOptions, parse_options, problems_of
@@ -133,7 +133,10 @@ def build_delta(method: str, options: Mapping[str, Any]) -> DeltaMethod:
     given = dict(options)
     for name in ("drop", "rescale", "q"):
         if isinstance(given.get(name), str) and given[name][:1].isdigit():
-            given[name] = parse_fraction(given[name])
+            try:
+                given[name] = parse_fraction(given[name])
+            except ValueError as error:
+                raise ConfigError([Problem(str(error), f"delta.{name}")]) from None
     return kind(parse_options("delta", method, kind.Options, given))
 
 
