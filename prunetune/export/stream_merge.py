@@ -233,7 +233,7 @@ class StreamMerge:
             ExportError: numbers that are not finite came out.
         """
         if name in self._replaced:
-            return self._whole(name).contiguous()
+            return self._finite(name, self._whole(name)).contiguous()
         if name not in self._deltas:
             return self._cast(self._reader.read(self.slices.name(name))).contiguous()
         pruned = [part.pruned() for part in self.parts(name)]
@@ -249,11 +249,7 @@ class StreamMerge:
             rows = base(start, stop)
             if self.settings.keep_zeros:
                 total = total * (rows != 0)
-            found = self._cast(rows.float() + self.settings.scale * total, rows.dtype)
-            if not bool(torch.isfinite(found).all()):
-                raise ExportError(
-                    f"{name}: the merged weights are not finite; lower --scale, or keep more of the delta"
-                )
+            found = self._finite(name, self._cast(rows.float() + self.settings.scale * total, rows.dtype))
             if merged is None:
                 merged = torch.empty(m, n, dtype=found.dtype)
             merged[start:stop] = found
@@ -326,6 +322,14 @@ class StreamMerge:
     def changed(self) -> list[str]:
         """Names of the matrices that get a delta, in the base's order."""
         return [name for name in self._shapes if name in self._deltas]
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if not bool(torch.isfinite(tensor).all()):
+            raise ExportError(
+                f"{name}: the merged weights are not finite. Look whether the source's are; if so, lower --scale, or "
+                "keep more of the delta"
+            )
+        return tensor
 
     def _cast(self, tensor: Tensor, stored: torch.dtype | None = None) -> Tensor:
         if not tensor.is_floating_point():

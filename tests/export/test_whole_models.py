@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from prunetune.core.errors import ConfigError, DataError, PlanMismatchError, UnsupportedModelError
+from prunetune.core.errors import ConfigError, DataError, ExportError, PlanMismatchError, UnsupportedModelError
 from prunetune.export.merge_source import Source
 from prunetune.export.stream_merge import MergeSettings
 from prunetune.methods.deltas import build_delta
@@ -89,6 +89,16 @@ def test_a_model_that_is_not_the_bases_is_refused(base: Path, tmp_path: Path) ->
     ):
         with pytest.raises(kind, match=said):
             merged(tmp_path, [folder], base)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", [NAME, NORM])
+def test_numbers_that_are_not_finite_are_refused(name: str, base: Path, tmp_path: Path) -> None:
+    def spoil(content: dict[str, torch.Tensor]) -> None:
+        content[name] = content[name] * torch.nan
+
+    with pytest.raises(ExportError, match=f"{name}: the merged weights are not finite"):
+        merged(tmp_path, [spoilt(base, tmp_path / "nan", spoil)], base)
     assert not (tmp_path / "merged").exists()
 
 
