@@ -52,7 +52,7 @@ def changing(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def opened(module: nn.Module) -> Iterator[None]:
     """Makes a module's weights whole while it lasts; what was changed or put in their place is spread again."""
     closed: list[Any] = [
-        parameter for parameter in module.parameters() if is_spread(parameter) and not _is_open(parameter)
+        parameter for parameter in module.parameters() if is_spread(parameter) and not is_open(parameter)
     ]
     for parameter in closed:
         parameter.all_gather()
@@ -112,7 +112,7 @@ def computing(model: Any) -> Iterator[None]:
 def close(parameters: list[Any]) -> None:
     """Spreads parameters again, as they are now."""
     for parameter in parameters:
-        if is_spread(parameter) and _is_open(parameter):
+        if is_spread(parameter) and is_open(parameter):
             parameter.partition(has_been_updated=True)
 
 
@@ -121,5 +121,6 @@ def is_spread(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _is_open(parameter: Any) -> bool:
+def is_open(parameter: Any) -> bool:
+    """Whether a parameter that ZeRO-3 spreads is whole now."""
     return parameter.ds_status.name == "AVAILABLE"

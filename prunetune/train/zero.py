@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.model.sharded import close
+from prunetune.model.sharded import close, is_open
 from prunetune.train.engine import Engine, T, in_forward
 
 # What stage 3 leaves on modules; the next engine would go on using it, and with it the former one.
@@ -134,7 +134,7 @@ class ZeroThree(Zero):
 
     def _show(self, parameter: Any, value: Tensor) -> None:
         parameter.ds_tensor.data.copy_(self._part(parameter, value))
-        if parameter.ds_persist:  # small weights are kept whole, too
+        if is_open(parameter):  # small ones are kept whole, too
             parameter.data.copy_(value)
 
     def _part(self, parameter: Any, value: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from tests.distributed.test_engines import GOT, Run, require_same_trajectory, start
-from tests.distributed.test_two_processes import saved
+from prunetune.config.engines import launch_settings
+from tests.distributed.test_engines import GOT, Run, compile_communication, require_same_trajectory, start
+from tests.distributed.test_two_processes import launch, saved
 from tests.train.joint_runs import metrics, require_same
 from tests.train.selecting_runs import decisions, kept_ids
 
@@ -95,6 +97,17 @@ def test_pulled_and_dropped_adapters_take_the_same_steps_and_leave_the_same_mode
     assert own.keys() == wanted.keys()
     for name, weight in wanted.items():
         torch.testing.assert_close(own[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_small_adapters_that_zero3_keeps_whole_are_pulled_too(alone: Any, tmp_path: Path) -> None:
+    """As it is shipped, and not with everything spread, as in the other tests."""
+    compile_communication()
+    config = tmp_path / "zero3.yaml"
+    config.write_text(yaml.safe_dump(launch_settings("zero3", 2, cpu=True)))
+    asked = {"delta": DELTA, "export": True}
+    found = launch(2, tmp_path / "run", config=config, **asked)
+    require_got(found, "zero3")
+    require_same_trajectory(found, tmp_path / "run", alone("delta", **asked))
 
 
 @pytest.mark.parametrize("mask", ["lora_gradient", "gradual_zero", "atp", "apt"])
