@@ -50,7 +50,7 @@ def _head(plan: RunPlan) -> Text:
     text.append(f"{format_fraction(kept['decoder'])} of decoder", style="bold")
     text.append(f" and {format_fraction(kept['total'])} of total parameters stay\n")
     text.append(f"mask {config.mask.method}, compensation {config.compensation.method}, ")
-    text.append(f"units {', '.join(config.target.units)}, MLP widths in steps of {config.target.align}")
+    text.append(f"units {', '.join(config.target.units)}, widths in steps of {config.target.align}")
     if config.model.quantize:
         text.append(f"\nbase in {config.model.quantize} while training, export in {config.export.dtype}")
     for name, part in (("rows", config.data.samples), ("target tokens", config.data.tokens)):

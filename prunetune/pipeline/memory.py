@@ -13,6 +13,7 @@ import re
 from prunetune.config.schema import RunConfig
 from prunetune.model.architecture import Architecture
 from prunetune.model.budget import DTYPE_BYTES, Shape, decoder_params, layer_decoder_params, total_params
+from prunetune.model.units import HIDDEN
 
 # TRL's fused head works on tiles of logits of at most this many tokens and columns. Without a GPU kernel about
 # nine float32 copies of a tile are alive at once; with one, a single tile in the compute dtype.
@@ -98,6 +99,8 @@ def _activation_bytes_per_token(arch: Architecture, shape: Shape, config: RunCon
     word = 2 if half else 4
     # Norms and the residual stream stay float32 under autocast, hence no `word` on D.
     layer = (18 if half else 16) * d + word * (3 * q + 2 * kv + 5 * f + 7 * config.lora.rank)
+    if HIDDEN in config.target.units and not shape.hidden:
+        layer += 2 * word * d  # until the cut, what the gates behind o and down multiply
     if config.train.activation_checkpointing:
         return shape.layers * 4 * d + layer
     return shape.layers * layer

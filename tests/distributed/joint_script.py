@@ -2,9 +2,9 @@
 
 Arguments: JSON with ``out``, and optionally ``rows`` of a process's batch, ``accumulate``, ``resume``, ``interrupt``
 (step in which the first process is asked to stop), ``nan`` (step in which the second process's loss is NaN), ``die``
-(step in which the second process is killed), ``mask``, ``dtype`` (of the base), ``distill`` (weight), ``delta``
-(section), ``export`` (whether), ``data`` (number of rows), ``tokens`` (of refit), ``args`` (of TRL), ``fsdp`` (see
-fsdp_on_cpu.py).
+(step in which the second process is killed), ``mask``, ``units``, ``dtype`` (of the base), ``distill`` (weight),
+``delta`` (section), ``export`` (whether), ``data`` (number of rows), ``tokens`` (of refit), ``args`` (of TRL), ``fsdp``
+(see fsdp_on_cpu.py).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main(asked: dict[str, Any]) -> None:
         prune=prune_config(
             asked.get("mask", "saliency"),
             refit,
-            ("mlp_channels", "kv_groups", "layers"),
+            asked.get("units", ("mlp_channels", "kv_groups", "layers")),
             distill={"weight": asked.get("distill", 0.0)},
             delta=asked.get("delta", {}),
         ),

@@ -95,6 +95,16 @@ def test_masks_that_read_adapters_and_distillation_decide_alike(tmp_path: Path, 
     require_same(saved(tmp_path / "two", 0), saved(tmp_path / "two", 1))
 
 
+def test_hidden_gates_and_the_maps_of_pat_learn_as_in_one_process(tmp_path: Path) -> None:
+    asked = {"mask": "pat", "units": ["hidden"]}
+    first, second = launch(2, tmp_path / "two", **asked)
+    [alone] = launch(1, tmp_path / "one", rows=4, **asked)
+    assert first["plan"] == second["plan"] == alone["plan"] is not None
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    require_same(saved(tmp_path / "two", 0), saved(tmp_path / "two", 1))
+
+
 def test_metrics_are_written_once(two: tuple[Path, list[dict[str, Any]]]) -> None:
     entries = metrics(two[0])
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 9))
