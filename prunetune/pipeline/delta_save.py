@@ -21,7 +21,7 @@ from prunetune.pipeline.merge_run import ready, refuse_large_changes
 def save_run(request: MergeRequest, out: Path) -> None:
     """Prunes, and writes ``out``; says which encoding was the smallest.
 
-    Without a method, entries are dropped by lot; survivors are divided by the closed form's q if there are calibration
+    Without a method, entries are dropped by lot; survivors are divided by a q that is searched if there are calibration
     rows, else by 1 - drop.
 
     Raises:
@@ -32,9 +32,7 @@ def save_run(request: MergeRequest, out: Path) -> None:
     if out.exists():
         raise DataError(f"{out} exists; name another file")
     if request.delta is None:
-        closed = {"q": "closed_form"} if request.calibration else {}
-        method = "darex_q" if request.calibration else "dare"
-        request = replace(request, delta=method, options={**closed, **(request.options or {})})
+        request = replace(request, delta="darex_q" if request.calibration else "dare")
     merge = ready(request).merge
     refuse_large_changes(merge, request)
     [source] = merge.sources
