@@ -43,7 +43,7 @@ class DarexQ(DeltaMethod):
     """As dare, but survivors are divided by q >= 1 - drop: searched, by the paper's rule, or in closed form.
 
     Closed form: E|D~x - Dx|^2 over masks and tokens is smallest at q = (1 - p) + p R, where R says how incoherent the
-    contributions of the inputs are (``model.deltas.alignment``). The paper has no such form, but ``analytic_q``. That is
+    contributions of the inputs are (``model.deltas.alignment``). The paper has no such form, but ``analytic_q``. It is
     one layer's error. In a whole model the noise of many layers averages out and what division shrinks adds up, so a
     smaller q is better at moderate rates: ``auto`` searches how much of the distance to take.
     """
