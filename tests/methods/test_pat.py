@@ -37,13 +37,14 @@ def run(mask, first, last):
             mask.after_step(step, 1e-3)
 
 
-def test_gates_follow_the_formula(tmp_path):
+@pytest.mark.parametrize("step", [3, 8, 12, 17])
+def test_gates_follow_the_formula(tmp_path, step):
     mask = pat(tmp_path)
-    run(mask, 0, 12)
-    theta, t = mask.state_dict()["theta.hidden"].double(), 12 - 2
-    steepness = 1 / (1 - math.log(t) / math.log(20) + 1e-6)
-    wanted = 1 / (1 + torch.exp((-steepness * theta).clamp(max=10))) + max(0.5 - t / 20, 0)
-    torch.testing.assert_close(mask.gates(12)["hidden"].double(), wanted.clamp(max=1), atol=1e-6, rtol=0)
+    run(mask, 0, step)
+    theta, t = mask.state_dict()["theta.hidden"].double(), 10_000 * (step - 2) / 20
+    steepness = 1 / (1 - math.log(t) / math.log(10_000) + 1e-6)
+    wanted = 1 / (1 + torch.exp((-steepness * theta).clamp(max=10))) + max(0.5 - t / 10_000, 0)
+    torch.testing.assert_close(mask.gates(step)["hidden"].double(), wanted.clamp(max=1), atol=1e-6, rtol=0)
     assert theta.unique().numel() > 10
 
 

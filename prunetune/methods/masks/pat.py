@@ -18,6 +18,9 @@ from prunetune.model.fold import Fold
 from prunetune.model.gates import GateStatistics
 from prunetune.model.units import HIDDEN
 
+# Steps of the published schedule, which the search is stretched or squeezed to: with its logarithm of plain steps, the
+# gates of a short search would still be half open when the mask is fixed.
+PUBLISHED = 10_000
 # Published runs move a number by at most this much (8000 steps of Adam at 5e-5), and no step is longer than FASTEST.
 PATH, SLOWEST, FASTEST = 0.4, 5e-5, 5e-2
 # The mask is fixed after this share of its schedule, and gates are not closed further than sigmoid(-STEEPEST).
@@ -45,10 +48,10 @@ class PatOptions(MethodOptions):
 class PatMask(Mask):
     """PAT: an annealed sigmoid mask over the hidden width, with low-rank maps that are folded in at the freeze.
 
-    Made for ``target.units: [hidden]``. With t search steps of T and numbers theta, gates are
-    sigmoid(tau theta) + max(1/2 - t/T, 0), tau = 1 / (1 - ln t / ln T): about 1 at first, ever steeper. The mask's loss
-    is the model's plus ``active`` |sum 1[theta >= 0] - wanted| / wanted, straight-through, and the mean squared
-    distance of positive numbers from 1/2 and of the others from -1/2. Behind o and down of every layer stands
+    Made for ``target.units: [hidden]``. With t steps of T = 10,000, to which the search is scaled, and numbers theta,
+    gates are sigmoid(tau theta) + max(1/2 - t/T, 0), tau = 1 / (1 - ln t / ln T): about 1 at first, ever steeper. The
+    mask's loss is the model's plus ``active`` |sum 1[theta >= 0] - wanted| / wanted, straight-through, and the mean
+    squared distance of positive numbers from 1/2 and of the others from -1/2. Behind o and down of every layer stands
     I + L diag(v) R, which learns at the adapters' rate under an identity loss that keeps L and R orthonormal
     (arXiv 2408.14721).
 
@@ -97,9 +100,9 @@ class PatMask(Mask):
 
     def _formula(self, step: int) -> dict[str, Tensor]:
         """site -> (U,) the mask's formula, differentiable."""
-        t = step - self.context.phases.warmup_end
-        steepness = 1.0 / (1.0 - math.log(max(1, t)) / math.log(self._steps) + 1e-6)
-        offset = max(0.5 - t / self._steps, 0.0)
+        way = (step - self.context.phases.warmup_end) / self._steps
+        steepness = 1.0 / (1.0 - math.log(max(1.0, way * PUBLISHED)) / math.log(PUBLISHED) + 1e-6)
+        offset = max(0.5 - way, 0.0)
         return {
             name: torch.sigmoid((steepness * theta).clamp(min=-STEEPEST)) + offset
             for name, theta in self._theta.items()
