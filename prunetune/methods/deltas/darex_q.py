@@ -60,7 +60,7 @@ class DarexQ(DeltaMethod):
         if not 0 < keep < 1:
             return
         if options.q == "auto":
-            self.search = Search("multiplier", (0.0, 0.25, 0.5, 1.0, 2.0), {"q": "closed_form"})
+            self.search = Search("multiplier", (0.0, 0.03, 0.1, 0.3, 1.0, 2.0), {"q": "closed_form"})
         elif options.q == "search":
             # The paper's points are evenly spaced; noise falls with the ratio of q to 1 - p, so these are.
             self.search = Search("q", tuple(keep ** (1 - i / (_POINTS - 1)) for i in range(_POINTS)))
