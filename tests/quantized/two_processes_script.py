@@ -1,6 +1,6 @@
 """Started once per process by test_two_processes: a tiny joint run on a quantised base that leaves what it came to.
 
-Arguments: JSON with ``out``, ``base`` (model folder), ``kind``, ``rows`` of a process's batch.
+Arguments: JSON with ``out``, ``base`` (model folder), ``kind``, ``compensation``, ``rows`` of a process's batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(asked: dict[str, Any]) -> None:
     trainer = joint_trainer(
         out,
         model=load(Path(asked["base"]), asked["kind"]),
-        prune=prune_config(compensation={"method": "refit", "tokens": 256}),
+        prune=prune_config(compensation=asked["compensation"]),
         peft_config=lora(lora_dropout=0.0),
         train_dataset=rows(24),
         args={"per_device_train_batch_size": asked["rows"], "ddp_find_unused_parameters": False},
