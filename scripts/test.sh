@@ -12,6 +12,6 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_
 .venv/bin/mypy
 run() { .venv/bin/python -m pytest "$@" || [ $? = 5 ]; }  # 5: these files have no test of this tier
 # Tiny models run in one thread, so every core takes files of its own; a file's tests share what they made.
-run -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile "$@"
+run -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 # Real models and launches of several processes need the machine to themselves.
 if [ -n "$all" ]; then run -m "slow or gpu" "$@"; fi

@@ -130,11 +130,11 @@ def test_compensation_starts_from_what_was_trained_with(tmp_path: Path, folder: 
     deltas: dict[str, torch.Tensor] = {}
     cut = trainer.cut
 
-    def before_cut(plan: Plan) -> Any:
+    def before_cut(plan: Plan, *rest: Any) -> Any:
         for path in dense:
             layer = base_model(trainer.model).get_submodule(path.removesuffix(".base_layer"))
             deltas[path] = layer.get_delta_weight("default").detach().float()
-        return cut(plan)
+        return cut(plan, *rest)
 
     trainer.cut = before_cut  # type: ignore[method-assign]
     trainer.train()
