@@ -3,10 +3,10 @@
     python scripts/bench/joint_vs_two_stage.py --data medquad/ --general wikitext2/validation.txt --out results/
 
 A `prunetune compare` of the recipes that the claim is about: the base, plain LoRA, every mask of ``--masks`` trained
-jointly, and the base cut in one shot before LoRA trains for all the steps, by the score that the saliency mask keeps
-(``fisher``) and by lot. ``--data`` holds train.jsonl and validation.jsonl with prompt and completion. Rows and tokens
-are chosen online with, for example, ``--set data.samples.method=q_tuning data.samples.kept=25%``. The results are
-printed as JSON; a stopped bench goes on where it was.
+jointly, and the base cut in one shot before LoRA trains for all the steps, by gate gradients (``fisher``) and by lot.
+``--data`` holds train.jsonl and validation.jsonl with prompt and completion. Rows and tokens are chosen online with,
+for example, ``--set data.samples.method=q_tuning data.samples.kept=25%``. The results are printed as JSON; a stopped
+bench goes on where it was.
 """
 
 from __future__ import annotations

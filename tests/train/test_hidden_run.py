@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,22 @@ from tests.train.joint_runs import (
 )
 
 
+def require_same_when_resumed(run: Path, whole: JointTrainer, trainer: Callable[[Path], JointTrainer]) -> None:
+    """Stops copies of a finished run in its search and after its freeze; going on must come to the same bits."""
+    for last in (2, FREEZE_STEP + 2):
+        copy = run.with_name(f"copy-{last}")
+        shutil.copytree(run, copy)
+        for later in checkpoints(copy):
+            if later > last:
+                shutil.rmtree(copy / f"checkpoint-{later}")
+        if last < FREEZE_STEP:
+            shutil.rmtree(copy / "freeze")
+        resumed = trainer(copy)
+        resumed.train(resume_from_checkpoint=True)
+        require_same(weights(resumed), weights(whole))
+        assert timeless(metrics(copy)) == timeless(metrics(run))
+
+
 @pytest.mark.parametrize(
     ("model_type", "units", "kept", "dtype"),
     [
@@ -54,18 +71,7 @@ def test_a_run_is_cut_resumed_and_exported(
     assert config.hidden_size == len(whole.plan.kept[HIDDEN]) < 48
     logged = metrics(tmp_path / "run")
     assert logged[-1]["kept_fraction"] <= 0.55
-    for last in (2, FREEZE_STEP + 2):  # in the search, and after the freeze
-        copy = tmp_path / f"copy-{last}"
-        shutil.copytree(tmp_path / "run", copy)
-        for later in checkpoints(copy):
-            if later > last:
-                shutil.rmtree(copy / f"checkpoint-{later}")
-        if last < FREEZE_STEP:
-            shutil.rmtree(copy / "freeze")
-        resumed = trainer(copy)
-        resumed.train(resume_from_checkpoint=True)
-        require_same(weights(resumed), weights(whole))
-        assert timeless(metrics(copy)) == timeless(logged)
+    require_same_when_resumed(tmp_path / "run", whole, trainer)
     export_model(whole.model, tiny_tokenizer(), tmp_path / "out", dtype="float32", plan=whole.plan, verify=False)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     whole.model.eval()
@@ -114,18 +120,7 @@ def test_a_run_with_pat_folds_its_maps_and_goes_on(tmp_path: Path) -> None:
     writers = [module for name, module in whole.model.named_modules() if name.endswith(("o_proj", "down_proj"))]
     assert len(writers) == 6
     assert not any(module._forward_hooks for module in writers), "what is folded must not act a second time"
-    for last in (2, FREEZE_STEP + 2):
-        copy = tmp_path / f"copy-{last}"
-        shutil.copytree(tmp_path / "run", copy)
-        for later in checkpoints(copy):
-            if later > last:
-                shutil.rmtree(copy / f"checkpoint-{later}")
-        if last < FREEZE_STEP:
-            shutil.rmtree(copy / "freeze")
-        resumed = trainer(copy)
-        resumed.train(resume_from_checkpoint=True)
-        require_same(weights(resumed), weights(whole))
-        assert timeless(metrics(copy)) == timeless(logged)
+    require_same_when_resumed(tmp_path / "run", whole, trainer)
     # Another budget from the same scores, and the same one: then it is the model of the freeze.
     again = trainer(tmp_path / "other")
     set_peft_model_state_dict(again.model, load_file(freeze / "adapter" / "adapter_model.safetensors"))
