@@ -44,8 +44,8 @@ class DarexQ(DeltaMethod):
 
     Closed form: E|D~x - Dx|^2 over masks and tokens is smallest at q = (1 - p) + p R, where R says how incoherent the
     contributions of the inputs are (``model.deltas.alignment``). The paper has no such form, but ``analytic_q``. It is
-    one layer's error. In a whole model the noise of many layers averages out and what division shrinks adds up, so a
-    smaller q is better at moderate rates: ``auto`` searches how much of the distance to take.
+    one layer's error. In whole models a smaller q measured better (perhaps the noise of many layers averages out while
+    what division shrinks adds up): ``auto`` searches how much of the distance to take.
     """
 
     Options = DarexOptions
