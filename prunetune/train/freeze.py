@@ -55,7 +55,7 @@ def compensated_weights(
     """New base weights of the linears that lose inputs.
 
     Args:
-        model: the masked dense model (gates closed as the plan says), adapters attached.
+        model: the dense model with adapters attached, its gates open.
         surgery: the plan made ready for it.
         compensation: the method.
         collect: runs the calibration tokens through the model while the moments listen, on all processes.

@@ -166,7 +166,10 @@ class FreezingTrainer(SelectingTrainer):
         gates.set(hard_gates(self.planner, plan))
         self.model.eval()
         surgery = Surgery(self.dense, plan)
-        updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
+        # What a linear gave before anything was removed is the aim: behind layers that are cut and not refitted yet
+        # the inputs are far from those of the model to come (at 60% kept 2.81 against 2.73 nats after the cut).
+        with gates.opened():
+            updates = compensated_weights(self.model, surgery, self.compensation, self._collect)
         masked = self._probe()
         if wanted is not None:
             moved = mean_kl(wanted, masked)
