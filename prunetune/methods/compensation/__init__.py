@@ -54,7 +54,7 @@ class Compensation(ABC):
             weight: (out, in) float32 dense weight. kept: (kept,) indices of the inputs that stay.
             mean: (in,) float32 mean of the dense inputs over calibration tokens.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} says makes_bias and makes none")
 
 
 COMPENSATIONS: Registry[type[Compensation]] = Registry("compensation", "prunetune.methods.compensation")

@@ -116,7 +116,7 @@ class DeltaMethod(ABC):
 
     def ranks_of(self, deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int]]:
         """Every tensor's share of a common ranking, see ``DeltaContext.ranks``; asked only if ``ranks_all``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} says ranks_all and ranks nothing")
 
 
 def random_words(place: Place, context: DeltaContext, purpose: str, start: int, stop: int) -> Tensor:
