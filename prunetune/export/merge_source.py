@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prunetune.methods.deltas import DeltaContext, DeltaMethod, context_of
@@ -67,11 +67,11 @@ class Source:
         return next((special for special in self.special if special.pattern.search(name)), None)
 
 
-def ranks_of(source: Source, deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int]]:
+def ranks_of(source: Source, names: Iterable[str], delta_of: Callable[[str], Delta]) -> dict[str, tuple[int, int]]:
     """Tensor -> its share of a ranking of all tensors, where its method ranks all of them together."""
     together: dict[DeltaMethod, dict[str, Delta]] = {}
-    for name, delta in deltas.items():
+    for name in names:
         method = source.method_of(name)
         if method is not None and method.ranks_all:
-            together.setdefault(method, {})[name] = delta
+            together.setdefault(method, {})[name] = delta_of(name)
     return {name: rank for method, part in together.items() for name, rank in method.ranks_of(part).items()}

@@ -285,13 +285,10 @@ class StreamMerge:
 
     def _ranks(self, source: Source) -> Mapping[str, tuple[int, int]]:
         if source.name not in self._ranked:
-            deltas = {
-                name: source.tuned.delta(place, self.slices)
-                for name, parts in self._deltas.items()
-                for own, place in parts
-                if own is source
-            }
-            self._ranked[source.name] = ranks_of(source, deltas)
+            places = {name: place for name, parts in self._deltas.items() for own, place in parts if own is source}
+            self._ranked[source.name] = ranks_of(
+                source, places, lambda name: source.tuned.delta(places[name], self.slices)
+            )
         return self._ranked[source.name]
 
     def base_norm(self, name: str) -> float:

@@ -85,6 +85,7 @@ class ShardReader:
 
     Args:
         folder: holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.
+        file: read this one safetensors file of the folder instead.
 
     Raises:
         UnsupportedModelError: no safetensors weights, a shard of the index is missing or truncated, or a
@@ -96,12 +97,12 @@ class ShardReader:
         (49152, 576)
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, file: str = SINGLE_FILE):
         self.folder = Path(folder)
         self.entries: dict[str, TensorEntry] = {}
         index_file = self.folder / INDEX_FILE
-        if (self.folder / SINGLE_FILE).is_file():
-            self.entries = read_header(self.folder / SINGLE_FILE)
+        if (self.folder / file).is_file():
+            self.entries = read_header(self.folder / file)
         elif index_file.is_file():
             self._read_index(index_file)
         else:

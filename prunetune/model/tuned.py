@@ -1,6 +1,7 @@
 """What was learnt, as folders hold it: a LoRA adapter, or a whole fine-tuned model. Both hand out deltas by tensor.
 
-Nothing is loaded as a model; factors are small, everything else is read in slices when it is asked for.
+Nothing is loaded as a model; an adapter's factors are read module by module, everything else in slices, when it is
+asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from prunetune.core.errors import PlanMismatchError, UnsupportedModelError
 from prunetune.core.files import read_json
 from prunetune.model.deltas import Delta, Difference, LowRank, Place
-from prunetune.model.shards import ShardReader, read_header
+from prunetune.model.shards import ShardReader
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -108,13 +109,12 @@ class Adapter(Tuned):
         for name, why in _REFUSED.items():
             if self.config.get(name):
                 raise UnsupportedModelError(f"{folder} {why} ({name}), which has no delta on file; merge it with PEFT")
-        read_header(folder / ADAPTER_WEIGHTS)  # says so if the file is cut short
-        self._factors: dict[str, dict[str, Tensor]] = {}
-        self._whole: dict[str, Tensor] = {}
-        from safetensors.torch import load_file
-
-        for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
-            if not bool(torch.isfinite(tensor).all()):
+        self._reader = ShardReader(folder, ADAPTER_WEIGHTS)  # says so if the file is cut short
+        # Module -> kind of factor -> its name in the file; and the names of tensors that were trained whole.
+        self._factors: dict[str, dict[str, str]] = {}
+        self._whole: dict[str, str] = {}
+        for name in self._reader.names():
+            if not bool(torch.isfinite(self._reader.read(name)).all()):
                 raise UnsupportedModelError(
                     f"{folder}: {name} holds numbers that are not finite; the training diverged"
                 )
@@ -122,39 +122,49 @@ class Adapter(Tuned):
                 continue  # PEFT saves an adapted embedding's own weights, too
             match = _FACTOR.match(name.removeprefix(_PREFIX))
             if match is None:
-                self._whole[name.removeprefix(_PREFIX)] = tensor
+                self._whole[name.removeprefix(_PREFIX)] = name
             else:
-                self._factors.setdefault(match["module"], {})[match["kind"].removeprefix("embedding_")] = tensor
+                self._factors.setdefault(match["module"], {})[match["kind"].removeprefix("embedding_")] = name
 
     def changed(self, base: BaseSlices) -> dict[str, tuple[int, int]]:
         found = {}
         for module in self._factors:
-            a, b = self._oriented(module)
-            found[f"{module}.weight"] = (b.shape[0], a.shape[1])
+            (_, inputs), (outputs, _) = self._oriented_shapes(module)
+            found[f"{module}.weight"] = (outputs, inputs)
         return found
 
     def delta(self, place: Place, base: BaseSlices) -> Delta:
         module = place.name.removesuffix(".weight")
-        a, b = self._oriented(module)
+        a, b = self.factors(module)
         a = a if place.columns is None else a[:, place.columns]
         b = b if place.rows is None else b[place.rows]
         low_rank = LowRank(place, a, b, self.scale(module))
-        magnitude = self._factors[module].get("magnitude_vector")
-        if magnitude is None:
+        if "magnitude_vector" not in self._factors[module]:
             return low_rank
         if place.rows is not None or place.columns is not None or self._transposed(module):
             raise PlanMismatchError(
                 f"{self.folder} is a DoRA adapter: its magnitudes are norms over all inputs of {module}, so it cannot "
                 "be sliced. Merge it into the dense base, then prune"
             )
-        return _Dora(low_rank, base.rows(place.name), magnitude)
+        return _Dora(low_rank, base.rows(place.name), self._read(module, "magnitude_vector"))
 
     def replaced(self, base: BaseSlices) -> dict[str, Callable[[], Tensor]]:
-        return {name: partial(self._whole.__getitem__, name) for name in self._whole}
+        return {name: partial(self._reader.read, stored) for name, stored in self._whole.items()}
+
+    @property
+    def modules(self) -> list[str]:
+        """Stock paths of the modules that have factors."""
+        return list(self._factors)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """(r, n) and (m, r) whose product has the orientation of the stored weight."""
+        self._oriented_shapes(module)  # says so if they do not fit
+        a, b = self._read(module, "A"), self._read(module, "B")
+        return (b.T, a.T) if self._turned(module) else (a, b)
 
     def scale(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA, as this module has them."""
-        rank = self._factors[module]["A"].shape[0]
+        (rank, _), _ = self._oriented_shapes(module)
         alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -163,25 +173,31 @@ class Adapter(Tuned):
         kinds = ("A.weight", "B.weight")
         if self._is_embedding(module):
             kinds = ("embedding_A", "embedding_B")
-        if self._transposed(module) or self._is_embedding(module):
+        if self._turned(module):
             a, b = b.T, a.T
         return {f"{_PREFIX}{module}.lora_{kind}": factor for kind, factor in zip(kinds, (a, b))}
 
     def _transposed(self, module: str) -> bool:
         return bool(self.config.get("fan_in_fan_out"))
 
-    def _oriented(self, module: str) -> tuple[Tensor, Tensor]:
-        """(r, n) and (m, r) whose product has the orientation of the stored weight."""
-        factors = self._factors[module]
-        missing = [f"lora_{kind}" for kind in ("A", "B") if kind not in factors]
+    def _turned(self, module: str) -> bool:
+        """Whether the file has the factors the other way round than the stored weight."""
+        return self._transposed(module) or self._is_embedding(module)
+
+    def _read(self, module: str, kind: str) -> Tensor:
+        return self._reader.read(self._factors[module][kind])
+
+    def _oriented_shapes(self, module: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(r, n) and (m, r), from the file's header."""
+        names = self._factors[module]
+        missing = [f"lora_{kind}" for kind in ("A", "B") if kind not in names]
         if missing:
             raise UnsupportedModelError(f"{self.folder}: {module} has no {missing[0]}; the file is incomplete")
-        a, b = factors["A"], factors["B"]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        a, b = (self._reader.entries[names[kind]].shape for kind in ("A", "B"))
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise UnsupportedModelError(f"{self.folder}: the factors of {module} do not fit each other; copy it again")
-        if self._transposed(module) or self._is_embedding(module):
-            a, b = b.T, a.T
-        return a, b
+        (r, n), (m, _) = a, b
+        return ((r, m), (n, r)) if self._turned(module) else ((r, n), (m, r))
 
     def _is_embedding(self, module: str) -> bool:
         return module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings")

@@ -19,8 +19,10 @@ from prunetune.export import stream_merge
 from prunetune.export.combine import HOWS, combine
 from prunetune.export.stream_merge import MergeSettings
 from prunetune.model.architecture import describe
+from prunetune.model.deltas import Place
 from prunetune.model.shards import ShardReader
 from prunetune.model.surgery import slice_model
+from prunetune.model.tuned import Adapter, BaseSlices
 from prunetune.pipeline.merge_request import MergeRequest
 from prunetune.pipeline.merge_run import delta_info, merge_run
 from tests.support import MODEL_TYPES, batch, logits, random_plan, tiny_model, tiny_tokenizer
@@ -57,6 +59,20 @@ def by_peft(base: Path, folder: Path) -> dict[str, torch.Tensor]:
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     reader = ShardReader(folder)
     return {name: reader.read(name) for name in reader.names()}
+
+
+def test_an_adapters_factors_are_read_one_module_at_a_time(base, tmp_path, monkeypatch):
+    found, read = Adapter(adapter(base, tmp_path / "adapter")), []
+    monkeypatch.setattr(
+        ShardReader, "read", lambda self, name, whole=ShardReader.read: read.append(name) or whole(self, name)
+    )
+    slices = BaseSlices(ShardReader(base), {})
+    name, shape = next(iter(found.changed(slices).items()))
+    module = name.removesuffix(".weight")
+    assert found.scale(module) == 1.5
+    assert not read
+    found.delta(Place(name, shape), slices)
+    assert read == [f"base_model.model.{module}.lora_{kind}.weight" for kind in "AB"]
 
 
 def merged(tmp_path: Path, folders, base: Path, name="merged", **request) -> Path:
