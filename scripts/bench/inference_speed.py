@@ -8,7 +8,6 @@ Prefill speed-up is held against the ratio of FLOPs; decode is reported as it is
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads distort shared machines
 
 import torch
+from _common import report
 
-from prunetune.core.files import read_json, write_json
+from prunetune.core.files import read_json
 from prunetune.evaluate.harness import EvalSettings
 from prunetune.evaluate.speed import compare_speed
 from prunetune.model.architecture import describe
@@ -56,9 +56,7 @@ def main() -> None:
         result[f"prefill_b{batch}_speedup_over_flop_ratio"] = round(
             result["speedups"][f"prefill_tps_b{batch}"]["median"] / flop_ratio, 4
         )
-    print(json.dumps(result, indent=2))
-    if options.out:
-        write_json(options.out, result)
+    report(result, options.out)
 
 
 def parse() -> argparse.Namespace:

@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import torch
 import yaml
+from _common import report
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -66,9 +67,7 @@ def main() -> None:
         result["flat"] = {job: flatness(result["sizes"], job) for job in ("adapter", "dare_ties")}
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(json.dumps(result, indent=2))
-    if options.out:
-        write_json(options.out, result)
+    report(result, options.out)
 
 
 def parse() -> argparse.Namespace:

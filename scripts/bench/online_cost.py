@@ -11,7 +11,6 @@ medians over turns with quartiles. Token pruning keeps every row: what it saves 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -22,11 +21,10 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads distort shared machines
 
 import torch
-from _common import settle, spread
+from _common import report, settle, spread
 from datasets import Dataset
 
 from prunetune.config.schema import RunConfig, SelectionConfig
-from prunetune.core.files import write_json
 from prunetune.core.streams import stream
 from prunetune.model.resolve import resolve_model
 from prunetune.pipeline.loading import load_base, load_tokenizer
@@ -62,9 +60,7 @@ def main() -> None:
         },
         "expected": {f"rows {kept:.1%}": round((1 + forwards * kept) / forwards, 4) for kept in KEPT},
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        write_json(options.out, result)
+    report(result, options.out)
 
 
 def parse() -> argparse.Namespace:

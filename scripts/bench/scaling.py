@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import yaml
-from _common import settle, spread
+from _common import report, settle, spread
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -40,7 +40,6 @@ from trl import SFTConfig, SFTTrainer
 from prunetune import PruneConfig, PruneTuneTrainer
 from prunetune.config.engines import ENGINES, launch_settings
 from prunetune.config.schema import TargetConfig
-from prunetune.core.files import write_json
 from prunetune.core.streams import stream
 from prunetune.evaluate.memory import peak_resident_bytes
 from prunetune.model.resolve import resolve_model
@@ -91,9 +90,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - began),
         "results": results,
     }
-    print(json.dumps(found, indent=2))
-    if options.out:
-        write_json(options.out, found)
+    report(found, options.out)
 
 
 def parse() -> argparse.Namespace:

@@ -21,9 +21,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads distort shared machines
 
 import torch
-from _common import settle, spread
+from _common import report, settle, spread
 
-from prunetune.core.files import write_json
 from prunetune.core.streams import stream
 from prunetune.data.scorer import Scorer, ScoringOptions, equal_lengths
 from prunetune.data.scoring import RowsToScore, rows_to_score
@@ -67,9 +66,7 @@ def main() -> None:
         "memory_over_forward": round(memory["scoring"] / memory["forward"], 4),
         "memory_over_hidden": round(memory["scoring"] / memory["hidden"], 4),
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        write_json(options.out, result)
+    report(result, options.out)
 
 
 def parse() -> argparse.Namespace:

@@ -22,12 +22,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads distort shared machines
 
 import torch
-from _common import settle, spread
+from _common import report, settle, spread
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunetune.config.schema import RunConfig
-from prunetune.core.files import write_json
 from prunetune.core.streams import stream
 from prunetune.evaluate.memory import peak_resident_bytes
 from prunetune.model.resolve import resolve_model
@@ -61,9 +60,7 @@ def main() -> None:
         "search_memory_over_plain": round(memory["search"] / memory["plain"], 4),
         "recover_memory_over_plain": round(memory["recover"] / memory["plain"], 4),
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        write_json(options.out, result)
+    report(result, options.out)
 
 
 def parse() -> argparse.Namespace:
