@@ -51,6 +51,8 @@ def _head(plan: RunPlan) -> Text:
     text.append(f" and {format_fraction(kept['total'])} of total parameters stay\n")
     text.append(f"mask {config.mask.method}, compensation {config.compensation.method}, ")
     text.append(f"units {', '.join(config.target.units)}, widths in steps of {config.target.align}")
+    if config.lora.ranks.method != "keep":
+        text.append(f"\nranks of the adapters from the freeze on by {config.lora.ranks.method}")
     if config.model.quantize:
         text.append(f"\nbase in {config.model.quantize} while training, export in {config.export.dtype}")
     for name, part in (("rows", config.data.samples), ("target tokens", config.data.tokens)):

@@ -235,6 +235,12 @@ class PhaseConfig(Section):
         return self
 
 
+class RanksConfig(MethodSection):
+    """How many ranks every adapter has from the freeze on."""
+
+    method: str = Field("keep", description="see `prunetune list ranks`")
+
+
 class LoraSection(Section):
     """The adapters that learn the domain."""
 
@@ -243,6 +249,7 @@ class LoraSection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | tuple[str, ...] = Field("all-linear", description="module names, or all-linear")
     use_rslora: bool = False
+    ranks: RanksConfig = RanksConfig()
 
 
 class TrainSection(Section):
@@ -330,8 +337,8 @@ class RunConfig(Section):
 
     def prune(self) -> PruneConfig:
         """The part that PruneTuneTrainer takes."""
-        parts = {name: getattr(self, name) for name in PruneConfig.model_fields}
-        return PruneConfig(**parts)
+        parts = {name: getattr(self, name) for name in PruneConfig.model_fields if name != "ranks"}
+        return PruneConfig(**parts, ranks=self.lora.ranks)
 
     def selection(self) -> SelectionConfig | None:
         """The choice of rows and tokens that PruneTuneTrainer takes; None: everything is trained on."""
@@ -355,4 +362,5 @@ class PruneConfig(Section):
     distill: DistillConfig = DistillConfig()
     delta: DeltaConfig = DeltaConfig()
     phases: PhaseConfig = PhaseConfig()
+    ranks: RanksConfig = RanksConfig()
     seed: int = 0

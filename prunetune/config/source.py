@@ -27,6 +27,7 @@ SHORT_FORMS: dict[KeyPath, str] = {
     ("mask",): "method",
     ("compensation",): "method",
     ("delta",): "method",
+    ("lora", "ranks"): "method",
     ("data", "samples"): "method",
     ("data", "tokens"): "method",
 }
@@ -38,6 +39,7 @@ METHOD_SECTIONS: dict[KeyPath, tuple[str, ...]] = {
     ("mask",): (),
     ("compensation",): (),
     ("delta",): ("drop", "regularize", "strength", "train_drop", "train_drop_unit"),
+    ("lora", "ranks"): (),
     ("data", "samples"): ("kept",),
     ("data", "tokens"): ("kept", "scope", "floor", "final_answer"),
 }

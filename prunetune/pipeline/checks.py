@@ -19,6 +19,7 @@ from prunetune.core.errors import Problem, suggest
 MASK_PACKAGE = "prunetune.methods.masks"
 COMPENSATION_PACKAGE = "prunetune.methods.compensation"
 DELTA_PACKAGE = "prunetune.methods.deltas"
+RANKS_PACKAGE = "prunetune.methods.ranks"
 
 
 def check_methods(config: RunConfig) -> list[Problem]:
@@ -28,6 +29,7 @@ def check_methods(config: RunConfig) -> list[Problem]:
         ("mask", MASK_PACKAGE, config.mask.method, config.mask.options()),
         ("compensation", COMPENSATION_PACKAGE, config.compensation.method, config.compensation.options()),
         ("delta", DELTA_PACKAGE, config.delta.method, config.delta.method_options()),
+        ("lora.ranks", RANKS_PACKAGE, config.lora.ranks.method, config.lora.ranks.options()),
     ):
         known = registered_names(package)
         if method not in known:
@@ -72,6 +74,8 @@ def _check_options(section: str, method: str, options: Mapping[str, Any]) -> lis
         from prunetune.methods.masks import check_mask as check
     elif section == "delta":
         from prunetune.methods.deltas import check_delta as check
+    elif section == "lora.ranks":
+        from prunetune.methods.ranks import check_ranks as check
     else:
         from prunetune.methods.compensation import check_compensation as check
     return check(method, options)

@@ -22,6 +22,7 @@ from prunetune.export.write import METADATA_FILE
 from prunetune.methods.compensation import COMPENSATIONS
 from prunetune.methods.deltas import DELTAS
 from prunetune.methods.masks import MASKS
+from prunetune.methods.ranks import RANKS
 from prunetune.methods.samples import SAMPLES
 from prunetune.methods.tokens import TOKENS
 from prunetune.model.architecture import describe
@@ -237,7 +238,7 @@ def eval_settings(config: RunConfig) -> EvalSettings:
 def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: Done) -> dict[str, Any]:
     """What the reports cannot read from the run folder."""
     papers = [MASKS.get(config.mask.method).paper, COMPENSATIONS.get(config.compensation.method).paper]
-    papers += [DELTAS.get(config.delta.method).paper]
+    papers += [DELTAS.get(config.delta.method).paper, RANKS.get(config.lora.ranks.method).paper]
     samples, tokens = config.data.samples.method, config.data.tokens.method
     papers += [SAMPLES.get(samples).paper] if samples else []
     papers += [TOKENS.get(tokens).paper] if tokens else []
@@ -249,6 +250,7 @@ def _facts(config: RunConfig, prepared: PreparedModel, data: DataBundle, done: D
         "budget": done.budget,
         "mask": config.mask.method,
         "compensation": config.compensation.method,
+        "ranks": config.lora.ranks.method if config.lora.ranks.method != "keep" else None,
         "samples": samples,
         "papers": list(dict.fromkeys(paper for paper in papers if paper)),
         "steps": done.steps,

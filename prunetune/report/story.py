@@ -167,6 +167,7 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
         ("Budget", _text(facts.get("budget"))),
         ("Units ranked by", _text(facts.get("mask"))),
         ("Compensation at the freeze", _text(facts.get("compensation"))),
+        ("Ranks of the adapters after it", _text(facts.get("ranks"))),
         ("Phases", phases),
         ("Optimizer steps", _text(facts.get("steps"))),
         ("Training time", _duration(facts.get("seconds"))),

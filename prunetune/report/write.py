@@ -25,7 +25,7 @@ def write_reports(run_folder: Path, facts: Mapping[str, Any] | None = None) -> N
         facts: what the folder does not say; every key may be missing.
             base_model: hub id or name. base_licence, data_licence: as their owners call them.
             data: one line on the training data. budget: what was asked for, for a person.
-            mask, compensation, samples: names of the methods. papers: texts with arXiv numbers, links, or
+            mask, compensation, ranks, samples: names of the methods. papers: texts with arXiv numbers, links, or
             mappings with title and url. steps: optimizer steps. seconds: training time.
             conversational: the rows were chat messages. verification: check -> outcome of the export.
             warnings: texts. export: the exported folder (default: ``compact`` in the run folder).

@@ -22,7 +22,9 @@ from prunetune.core.console import warn
 from prunetune.core.errors import DataError
 from prunetune.core.files import read_json, sha256, sweep, sync, write_json
 from prunetune.model.fold import Fold, fold_tensors
+from prunetune.model.ranks import Ranks
 from prunetune.model.surgery import Surgery
+from prunetune.model.tuned import ADAPTER_CONFIG
 from prunetune.train.moments import MOMENTS_FILE, Moments
 
 MARKER = "prunetune.json"
@@ -163,7 +165,13 @@ def global_step(folder: Path) -> int:
     return int(read_json(folder / STATE_FILE)["global_step"])
 
 
-def slice_checkpoint(source: Path, target: Path, surgery: Surgery, folds: Mapping[str, Fold] | None = None) -> None:
+def slice_checkpoint(
+    source: Path,
+    target: Path,
+    surgery: Surgery,
+    folds: Mapping[str, Fold] | None = None,
+    ranks: Ranks | None = None,
+) -> None:
     """Copies a checkpoint with its adapter and optimizer state sliced.
 
     Args:
@@ -171,12 +179,22 @@ def slice_checkpoint(source: Path, target: Path, surgery: Surgery, folds: Mappin
         target: folder to make.
         surgery: the plan made ready for the dense model.
         folds: maps behind linears that become part of the adapters, before these are sliced.
+        ranks: of the sliced adapters, if they change.
     """
     changed = (ADAPTER_FILE, MOMENTS_FILE, MARKER, MASK_FILE, MEMORY_FILE, LOSSES_FILE)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*changed))
     adapter = slice_tensors(fold_tensors(load_file(source / ADAPTER_FILE), folds or {}), surgery)
+    moments = Moments.load(source).sliced(surgery)
+    if ranks is not None:
+        adapter = {
+            name: ranks.resize(name, tensor, draw=True).contiguous()
+            for name, tensor in adapter.items()
+            if not ranks.leaves(name)
+        }
+        moments = moments.resized(ranks)
+        write_json(target / ADAPTER_CONFIG, read_json(target / ADAPTER_CONFIG) | ranks.config_fields())
     save_file(adapter, target / ADAPTER_FILE, metadata={"format": "pt"})
-    Moments.load(source).sliced(surgery).save(target)
+    moments.save(target)
     _forget_best(target / STATE_FILE)
 
 

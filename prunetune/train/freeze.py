@@ -1,9 +1,9 @@
 """The freeze: from a checkpoint of the masked dense model to one of the sliced model, and back from its folder.
 
 ``freeze/`` holds ``plan.json``, ``scores.safetensors``, ``updates.safetensors`` (base weights changed by
-compensation, already sliced), ``folds.safetensors`` (maps that a mask learnt behind linears, if any), ``adapter/``
-(before slicing, for another budget later) and ``checkpoint/`` (sliced, to resume from). It appears in one step, so a
-run is either before its freeze or after it.
+compensation, already sliced), ``folds.safetensors`` (maps that a mask learnt behind linears, if any), ``ranks.json``
+(the adapters' ranks from here on, if they change), ``adapter/`` (before slicing, for another budget later) and
+``checkpoint/`` (sliced, to resume from). It appears in one step, so a run is either before its freeze or after it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from prunetune.methods.compensation import Compensation
 from prunetune.model.fold import Fold, flat, fold_model, unflat
 from prunetune.model.plan import Plan
 from prunetune.model.quantized import FloatLinear, dtype_of, shape_of, weight_of
+from prunetune.model.ranks import Ranks
 from prunetune.model.sharded import opened
 from prunetune.model.source import requantize
 from prunetune.model.statistics import SecondMoments, in_groups
@@ -41,6 +42,7 @@ PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.safetensors"
 UPDATES_FILE = "updates.safetensors"
 FOLDS_FILE = "folds.safetensors"
+RANKS_FILE = "ranks.json"
 
 # Second moments of as many linears as fit are collected in one pass over the calibration tokens.
 MOMENTS_LIMIT_BYTES = 2 * 2**30
@@ -106,6 +108,7 @@ def write_freeze(
     scores: dict[str, Tensor],
     updates: dict[str, Tensor],
     folds: Mapping[str, Fold],
+    ranks: Ranks | None,
 ) -> None:
     """Writes the freeze folder in one step; see the module's docstring for what is in it."""
     with new_folder(target, replace=True) as folder:
@@ -114,11 +117,13 @@ def write_freeze(
         save_file(updates, folder / UPDATES_FILE)
         if folds:
             save_file(flat(folds), folder / FOLDS_FILE)
+        if ranks is not None:
+            ranks.save(folder / RANKS_FILE)
         (folder / "adapter").mkdir()
         for file in checkpoint.glob("adapter_*"):
             shutil.copy2(file, folder / "adapter")
         sliced = folder / "checkpoint"
-        slice_checkpoint(checkpoint, sliced, surgery, folds)
+        slice_checkpoint(checkpoint, sliced, surgery, folds, ranks)
         save_mask(sliced, load_mask(checkpoint))
         facts = read_marker(checkpoint) or {}
         write_marker(sliced, {**facts, "frozen": True, "plan": plan.digest()})
@@ -140,6 +145,8 @@ def adopt_freeze(model: nn.Module, folder: Path) -> Plan:
     surgery = Surgery(slice_model(model, plan), plan)
     apply_updates(model, surgery, updates)
     requantize(model, surgery, updates)
+    if (ranks := load_ranks(folder)) is not None:
+        ranks.change(model)
     return plan
 
 
@@ -152,6 +159,12 @@ def load_folds(folder: Path) -> dict[str, Fold]:
     """The maps that were folded into the dense model of a freeze folder, by module path; none for most masks."""
     path = folder / FOLDS_FILE
     return unflat(load_file(path)) if path.is_file() else {}
+
+
+def load_ranks(folder: Path) -> Ranks | None:
+    """The adapters' ranks from a freeze on; None if they are what they were before."""
+    path = folder / RANKS_FILE
+    return Ranks.load(path) if path.is_file() else None
 
 
 def apply_updates(model: nn.Module, surgery: Surgery, updates: Mapping[str, Tensor]) -> None:

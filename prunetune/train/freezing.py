@@ -37,11 +37,13 @@ from prunetune.train.freeze import (
     adopt_freeze,
     apply_updates,
     compensated_weights,
+    load_ranks,
     load_updates,
     write_freeze,
 )
 from prunetune.train.joint import JointSearch, hard_gates, hidden_refusals, mask_refusals
 from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
+from prunetune.train.ranks import rank_refusals
 from prunetune.train.selecting import SelectingTrainer
 
 
@@ -97,6 +99,7 @@ class FreezingTrainer(SelectingTrainer):
         problems += compat.adapter_refusals(self.model, linears)
         problems += mask_refusals(self, self.prune)
         problems += hidden_refusals(self, self.prune)
+        problems += rank_refusals(self, self.prune)
         compat.raise_if_any(problems)
 
     @property
@@ -131,15 +134,17 @@ class FreezingTrainer(SelectingTrainer):
         """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""
         assert self._search is not None
         step, scores, folds = global_step(checkpoint), self._search.mask.scores(), self._search.mask.folds()
-        plan = self._search.decide(step)
+        plan, ranking = self._search.decide(step), self._search.ranks
         self._require_same_plan(plan)
         self._validate("eval_before_cut")
         self.engine.release()
         surgery, updates = self.cut(plan, folds)
+        ranks = ranking.decide(self.model, surgery)
         if self.accelerator.is_main_process:
-            write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates, folds)
+            write_freeze(self.freeze_dir, checkpoint, plan, surgery, scores, updates, folds, ranks)
         self.accelerator.wait_for_everyone()
         self._settle(surgery, load_updates(self.freeze_dir))
+        self._change_ranks()
         self._validate("eval_after_cut")
         note(f"step {step}: frozen and sliced to {self.shape}; kept {describe_kept(self.dense, self.shape)}")
         # Whatever holds the dense parameters goes; the next leg makes its own from the sliced checkpoint.
@@ -191,6 +196,15 @@ class FreezingTrainer(SelectingTrainer):
         error = requantize(self.model, surgery, updates)
         moved = mean_kl(wanted, self._probe())
         note(f"quantised again: weights within {error:.1%}, which moves the output distribution by {moved:.2g} nats")
+
+    def _change_ranks(self) -> None:
+        """Gives the adapters the ranks that the freeze folder says, which is measured and said."""
+        ranks = load_ranks(self.freeze_dir)  # the first process's decision, for all
+        if ranks is None:
+            return
+        wanted = self._probe()
+        ranks.change(self.model)
+        note(f"{ranks}, which moves the output distribution by {mean_kl(wanted, self._probe()):.2g} nats")
 
     @property
     def _exact(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from prunetune.model.quantized import quantized_linears
 from prunetune.model.surgery import base_model
 from prunetune.model.units import HIDDEN, sites
 from prunetune.train.launched import engine_problems
+from prunetune.train.ranks import RankSearch
 
 
 class JointSearch:
@@ -53,6 +54,7 @@ class JointSearch:
             base_model(model), planner.sites, record_squares=self.mask.record_squares, recompute=recompute
         )
         self.gate_set.attach()
+        self.ranks = RankSearch(model, planner.arch, prune, phases)
 
     def phase(self, step: int) -> str:
         """``warmup`` or ``search``: what optimizer step ``step`` (0-based) belongs to."""
@@ -61,12 +63,14 @@ class JointSearch:
     def begin_step(self, step: int) -> None:
         """Sets the gates for all micro-batches of optimizer step ``step``."""
         self.gate_set.set(self.mask.gates(step))
+        self.ranks.begin_step(step)
 
     def end_step(self, step: int, reduce: Callable[[GateStatistics], GateStatistics]) -> dict[str, float]:
         """Hands what the gates saw to the mask; ``reduce`` makes it the same on all processes."""
-        seen = self.gate_set.collect()
-        seen = GateStatistics(seen.grad | self.mask.own_gradients(), seen.square)
-        return self.mask.after_backward(step, reduce(seen))
+        seen, heard = self.gate_set.collect(), self.ranks.collect()
+        seen = reduce(GateStatistics({**seen.grad, **self.mask.own_gradients(), **heard}, seen.square))
+        self.ranks.learn({path: seen.grad.pop(path) for path in heard})
+        return self.mask.after_backward(step, seen)
 
     def after_step(self, step: int, learning_rate: float) -> None:
         """Lets the mask act on the adapters that the optimizer has just moved."""
@@ -77,6 +81,16 @@ class JointSearch:
         """Takes gates and whatever belongs to the mask off the model."""
         self.gate_set.detach()
         self.mask.detach()
+        self.ranks.detach()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mask's state, and what was seen of the adapters."""
+        return {**self.mask.state_dict(), **self.ranks.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores ``state_dict()`` exactly."""
+        self.mask.load_state_dict(state)
+        self.ranks.load_state_dict(state)
 
     def use_eval_gates(self, step: int) -> None:
         """Sets deterministic gates for an evaluation."""

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunetune.core.errors import DataError
+from prunetune.model.ranks import Ranks
 from prunetune.model.surgery import Surgery
 
 MOMENTS_FILE = "optimizer.safetensors"
@@ -68,6 +69,17 @@ class Moments:
             if (new_name := surgery.rename(name)) is not None:
                 tensors[new_name] = {key: _cut(name, value, surgery) for key, value in kept.items()}
         groups = [{**group, "params": _renamed(group["params"], surgery)} for group in self.groups]
+        return replace(self, tensors=tensors, groups=groups)
+
+    def resized(self, ranks: Ranks) -> Moments:
+        """The sliced state for other ranks: new ones begin at 0, adapters that leave are left out."""
+        tensors = {
+            name: {key: value if value.dim() == 0 else ranks.resize(name, value) for key, value in kept.items()}
+            for name, kept in self.tensors.items()
+            if not ranks.leaves(name)
+        }
+        stay = [[name for name in group["params"] if not ranks.leaves(name)] for group in self.groups]
+        groups = [{**group, "params": names} for group, names in zip(self.groups, stay, strict=True)]
         return replace(self, tensors=tensors, groups=groups)
 
 

@@ -61,7 +61,7 @@ class JointTrainer(DistillingTrainer):
     def add_to_checkpoint(self, folder: Path) -> dict[str, Any]:
         """The mask's state before the freeze, the plan's digest after it."""
         if self._search is not None:
-            save_mask(folder, self._search.mask.state_dict())
+            save_mask(folder, self._search.state_dict())
         facts = {"frozen": self.plan is not None, "plan": self.plan.digest() if self.plan else None}
         return super().add_to_checkpoint(folder) | facts
 
@@ -205,7 +205,7 @@ class JointTrainer(DistillingTrainer):
         again = not compat.hooks_saved_tensors(self)
         self._search = JointSearch(self.model, self.prune, self.planner, phases, recompute=again)
         if self._resumed_from is not None:
-            self._search.mask.load_state_dict(load_mask(self._resumed_from))
+            self._search.load_state_dict(load_mask(self._resumed_from))
         self._search.begin_step(state.global_step)
 
     def begin_step(self, step: int) -> None:

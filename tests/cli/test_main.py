@@ -208,7 +208,7 @@ def test_eval_compares_the_base_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names, data, options["speed"]) == (["large", "small"], "rows.jsonl", False)
 
 
-@pytest.mark.parametrize("what", ["masks", "scores", "compensation", "families", "units", "samples", "tokens"])
+@pytest.mark.parametrize("what", ["masks", "scores", "compensation", "families", "units", "samples", "tokens", "ranks"])
 def test_list_shows_names_and_marks_the_default(what: str) -> None:
     result = invoke("list", what)
     assert result.exit_code == 0
@@ -220,6 +220,7 @@ def test_list_shows_names_and_marks_the_default(what: str) -> None:
         "units": ("mlp_channels", "kv_groups", "query_heads", "layers", "yes"),
         "samples": ("random", "q_tuning", "near_duplicates", "(online)", "data.samples.KEY", "don_direction"),
         "tokens": ("random", "neighbour_perplexity", "(online)", "data.tokens.KEY", "neighbour_weight"),
+        "ranks": ("keep", "(default)", "light_peft", "apt", "lora.ranks.KEY", "moved"),
     }[what]
     assert all(name in result.output for name in expected)
     assert max(len(line) for line in result.output.splitlines()) <= 80

@@ -3,8 +3,8 @@
 Arguments: JSON with ``out``, and optionally ``rows`` of a process's batch, ``accumulate``, ``resume``, ``interrupt``
 (step in which the first process is asked to stop), ``nan`` (step in which the second process's loss is NaN), ``die``
 (step in which the second process is killed), ``mask``, ``units``, ``dtype`` (of the base), ``distill`` (weight),
-``delta`` (section), ``export`` (whether), ``data`` (number of rows), ``tokens`` (of refit), ``args`` (of TRL), ``fsdp``
-(see fsdp_on_cpu.py).
+``delta`` and ``ranks`` (sections), ``export`` (whether), ``data`` (number of rows), ``tokens`` (of refit), ``args`` (of
+TRL), ``fsdp`` (see fsdp_on_cpu.py).
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def main(asked: dict[str, Any]) -> None:
             asked.get("units", ("mlp_channels", "kv_groups", "layers")),
             distill={"weight": asked.get("distill", 0.0)},
             delta=asked.get("delta", {}),
+            ranks=asked.get("ranks", "keep"),
         ),
         peft_config=lora(lora_dropout=0.0),
         train_dataset=rows(asked.get("data", 24)),

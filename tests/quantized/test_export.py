@@ -121,6 +121,16 @@ def test_export_onto_the_original_weights(done: RunReport, root: Path, capsys: A
         torch.testing.assert_close(written[f"{surgery.sliced_path(path)}.weight"], wanted, atol=1e-6, rtol=1e-5)
 
 
+def test_linears_whose_adapter_has_left_are_exported_as_they_were_trained(root: Path, tmp_path: Path) -> None:
+    lora = {"rank": 4, "ranks": {"method": "light_peft", "modules": "30%"}}
+    config = configuration(root, folder=str(tmp_path / "run"), lora=lora, export={"dtype": "float32", "verify": False})
+    done = run_pipeline(config)
+    model, _ = load_trained(done.folder, resolve_model(str(root / "model")), "float32", quantization(config))
+    assert any(not path.endswith("base_layer") for path in quantized_linears(model)), "an adapter has left"
+    stock = AutoModelForCausalLM.from_pretrained(done.folder / "compact", dtype=torch.float32).eval()
+    assert float((logits(stock) - logits(model.eval())).abs().max()) <= 1e-4
+
+
 @pytest.mark.slow
 def test_another_budget_from_the_same_scores(done: RunReport, root: Path) -> None:
     exported = export_run(done.folder, root / "half", target="45%", base="source")

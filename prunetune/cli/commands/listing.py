@@ -25,6 +25,7 @@ class Subject(str, Enum):  # noqa: UP042 - typer shows the values of a (str, Enu
     samples = "samples"
     tokens = "tokens"
     deltas = "deltas"
+    ranks = "ranks"
     engines = "engines"
 
 
@@ -87,6 +88,13 @@ def _deltas() -> list[Table]:
     from prunetune.methods.deltas import DELTAS
 
     return _methods(DELTAS, "delta", "identity")
+
+
+def _ranks() -> list[Table]:
+    from prunetune.config.schema import RanksConfig
+    from prunetune.methods.ranks import RANKS
+
+    return _methods(RANKS, "lora.ranks", RanksConfig().method, ("needs", "cost"))
 
 
 def _engines() -> list[Table]:
@@ -178,5 +186,6 @@ _TABLES = {
     Subject.samples: _samples,
     Subject.tokens: _tokens,
     Subject.deltas: _deltas,
+    Subject.ranks: _ranks,
     Subject.engines: _engines,
 }

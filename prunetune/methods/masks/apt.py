@@ -36,8 +36,8 @@ class AptMask(ScheduledMask):
     Differences: the salience is divided by its site's mean before the kurtosis is added, because their units of measure
     have nothing to do with each other. Kurtosis is that of the consumer's weights W + s B A over what a unit writes,
     without the mean activation: of a channel it is the same number, of a KV group its dimensions count alike. Gates
-    close over a share of the search (published: 0.01 a step). Adaptive ranks are not part of this mask; following the
-    open model is ``distill``.
+    close over a share of the search (published: 0.01 a step). Adaptive ranks are ``lora.ranks: apt`` and following the
+    open model is ``distill``, both with any mask.
     """
 
     Options = AptOptions

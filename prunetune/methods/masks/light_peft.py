@@ -37,7 +37,7 @@ class LightPeftMask(FreeMask):
     of the search is recovery with gates; the model is sliced at the freeze as always.
 
     Differences: ranks by c clipped at 0, not by signed values that cut a negative mask first. Deleting whole adapters
-    and single ranks is left out: adapters are merged at the export, so that it would save training memory alone.
+    and single ranks is ``lora.ranks: light_peft``, which goes with any mask.
     """
 
     Options = LightPeftOptions
