@@ -5,21 +5,25 @@ Nothing here decides anything. Legend: O output and I input features of a linear
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from prunetune.core.files import read_json, write_json
+from prunetune.core.errors import PlanMismatchError
+from prunetune.core.files import write_json
 from prunetune.core.streams import stream
 from prunetune.model.surgery import base_model
 
+_NUMBER = re.compile(r"\d")
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<kind>[AB])\.(?:[^.]+\.)?weight$")
 
 
@@ -33,9 +37,9 @@ class RankChange:
         alpha: PEFT's ``lora_alpha``, which keeps the scale s of the delta s B A what it was.
     """
 
-    kept: tuple[int, ...]
-    added: int = 0
-    alpha: float = 0.0
+    kept: tuple[Annotated[int, Field(ge=0)], ...]
+    added: Annotated[int, Field(ge=0)] = 0
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @property
     def rank(self) -> int:
@@ -75,10 +79,13 @@ class Ranks:
 
     @staticmethod
     def load(path: Path) -> Ranks:
-        """Reads what ``save`` wrote."""
-        raw = read_json(path)
-        changes = {name: RankChange(tuple(of["kept"]), of["added"], of["alpha"]) for name, of in raw["changes"].items()}
-        return Ranks(changes, raw["seed"])
+        """Reads what ``save`` wrote; raises PlanMismatchError if the file is something else."""
+        try:
+            return _READER.validate_json(path.read_bytes(), strict=True)
+        except ValidationError as error:
+            raise PlanMismatchError(
+                f"{path} is not what a freeze writes; restore it, or train anew: {error}"
+            ) from error
 
     def leaves(self, name: str) -> bool:
         """Whether a parameter belongs to an adapter that leaves."""
@@ -130,15 +137,20 @@ class Ranks:
         """
         base = base_model(model)
         for path, layer in _layers(model):
-            change = self.changes[path]
+            change, [name] = self.changes.get(path), layer.active_adapters
+            if change is None or max(change.kept, default=0) >= layer.r[name]:
+                raise PlanMismatchError(
+                    f"the ranks kept from the freeze do not fit the adapter of {path}: they belong to another run"
+                )
             if change.rank:
                 self._change(path, layer, change)
             else:
                 base.set_submodule(path, layer.base_layer)
-        configs: Mapping[str, Any] = getattr(model, "peft_config", {})
-        for config in configs.values():
+        configs: dict[str, Any] = getattr(model, "peft_config", {})
+        for name, config in configs.items():
+            configs[name] = copy.copy(config)  # the user's own stays as it is
             for field, value in self.config_fields().items():
-                setattr(config, field, value)
+                setattr(configs[name], field, value)
 
     def _change(self, path: str, layer: Any, change: RankChange) -> None:
         [name] = layer.active_adapters
@@ -154,6 +166,19 @@ class Ranks:
     def __str__(self) -> str:
         stay = [change.rank for change in self.changes.values() if change.rank]
         return f"{len(stay)} of {len(self.changes)} adapters stay, of rank {min(stay)} to {max(stay)}"
+
+
+_READER = TypeAdapter(Ranks)
+
+
+def names_layers(model: nn.Module) -> bool:
+    """Whether PEFT's config says by layers' numbers where adapters are, or which rank or scale they have."""
+    for config in getattr(model, "peft_config", {}).values():
+        words = [config.rank_pattern or (), config.alpha_pattern or (), config.target_modules, config.exclude_modules]
+        found = [word for part in words if part for word in ([part] if isinstance(part, str) else part)]
+        if config.layers_to_transform is not None or any(_NUMBER.search(word) for word in found):
+            return True
+    return False
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Any]]:

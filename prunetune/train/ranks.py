@@ -17,7 +17,7 @@ from prunetune.core.errors import DataError, Problem
 from prunetune.methods.ranks import RANKS, SeenAdapter, build_ranks, check_ranks
 from prunetune.model.adapters import AdaptedLinear, AdapterView
 from prunetune.model.architecture import Architecture
-from prunetune.model.ranks import Ranks
+from prunetune.model.ranks import Ranks, names_layers
 from prunetune.model.sharded import whole
 from prunetune.model.surgery import Surgery
 from prunetune.model.units import sites
@@ -100,21 +100,22 @@ class RankSearch:
             handle.remove()
 
     def decide(self, model: nn.Module, surgery: Surgery) -> Ranks | None:
-        """The ranks from the freeze on; None if nothing changes.
+        """The ranks from the freeze on; None if nothing changes, and no adapter is known by a number that does.
 
         Args:
             model: the sliced model. surgery: by which it was.
         """
         if not self.method.observes:
-            return None
+            moved = len(surgery.layers) < surgery.arch.layers
+            return Ranks.of(model, {}, self._seed) if moved and names_layers(model) else None
         seen = []
         for path, importance_r in self._importance.items():
             if surgery.rename(f"{path}.") is None:
                 continue
             a_rI, b_Or, _ = self._linears[path].factors()
             features = a_rI.shape[1] + b_Or.shape[0]
-            moved, tokens = self._outputs.get(path, torch.zeros(2)).tolist()
-            mean_r, ratio = importance_r.cpu() / self._steps, moved / (tokens or 1.0)
+            ratios, tokens = self._outputs.get(path, torch.zeros(2)).tolist()
+            mean_r, ratio = importance_r.cpu() / self._steps, ratios / (tokens or 1.0)
             seen.append(SeenAdapter(surgery.sliced_path(path), features, mean_r, ratio))
         return Ranks.of(model, self.method.ranks(seen), self._seed)
 

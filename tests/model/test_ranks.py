@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 
+from prunetune.core.errors import PlanMismatchError
 from prunetune.model.ranks import RankChange, Ranks
 from prunetune.model.surgery import base_model, slice_model
 from tests.support import batch, logits, random_plan, tiny_arch, tiny_model
@@ -112,6 +113,28 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     ranks = Ranks({DOWN: RankChange(()), UP: RankChange((0, 3), 1, 1 / 3)}, 5)
     ranks.save(tmp_path / "ranks.json")
     assert Ranks.load(tmp_path / "ranks.json") == ranks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"seed": 1}',
+        '{"seed": 1, "changes": {"x": {"kept": [-1]}}}',
+        '{"seed": 1, "changes": {"x": {"kept": ["0"]}}}',
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ranks.json").write_text(text)
+    with pytest.raises(PlanMismatchError, match=r"ranks\.json"):
+        Ranks.load(tmp_path / "ranks.json")
+
+
+@pytest.mark.parametrize("changes", [{}, {UP: RankChange((0, 99))}], ids=["none", "beyond"])
+def test_ranks_of_other_adapters_are_refused(changes: dict[str, RankChange]) -> None:
+    with pytest.raises(PlanMismatchError, match="do not fit"):
+        Ranks(changes, 0).change(sliced(target_modules=["up_proj"]))
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])

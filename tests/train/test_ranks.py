@@ -104,6 +104,22 @@ def test_nothing_is_seen_saved_or_changed_by_default(tmp_path: Path) -> None:
     assert not trainer.model.peft_config["default"].rank_pattern
 
 
+def test_adapters_that_are_known_by_their_layers_numbers_are_found_when_layers_have_left(tmp_path: Path) -> None:
+    options = {
+        "prune": prune_config(units=UNITS, kept="45%"),
+        "peft_config": lora(
+            target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 2], rank_pattern={r"layers\.2\..*": 3}
+        ),
+    }
+    trainer = joint_trainer(tmp_path, **options)
+    trainer.train()
+    assert trainer.plan is not None
+    assert trainer.plan.kept_layers(trainer.dense) != (0, 1, 2)
+    again = joint_trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{FREEZE_STEP + 2}"))
+    require_same(weights(again), weights(trainer))
+
+
 def test_frozen_checkpoint_holds_what_stays_and_nothing_that_was_learnt_of_what_is_new(run: Run) -> None:
     ranks, (surgery, by_hand) = ranks_of(run), sliced_by_hand(run)
     frozen = run[0] / "freeze" / "checkpoint"
