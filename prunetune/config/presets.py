@@ -89,6 +89,16 @@ def learning_rate_warmup(train: TrainSection, steps: int) -> int:
     return int(train.warmup_steps) if train.warmup_steps >= 1 else math.ceil(steps * train.warmup_steps)
 
 
+def decay_steps(phases: PhaseConfig, steps: int) -> int:
+    """Optimizer steps in which the learning rate falls to zero: the last half, but not before the freeze.
+
+    Example:
+        >>> [decay_steps(PhaseConfig(search=share), 80) for share in (0.1, 0.4, 0.7)]
+        [40, 40, 16]
+    """
+    return max(1, min(phase_steps(phases, steps).recover, steps // 2))
+
+
 def export_folder(config: RunConfig) -> Path:
     """Where the compact model is written."""
     return config.export.folder or config.folder / "compact"
@@ -169,4 +179,8 @@ def _steps(count: int) -> str:
 
 
 def _after_rise(scheduler: str) -> str:
-    return "full until the freeze, falling to 0 after it" if scheduler == "warmup_stable_decay" else scheduler
+    return (
+        "full until the freeze and half of the steps, falling to 0 then"
+        if scheduler == "warmup_stable_decay"
+        else scheduler
+    )

@@ -261,7 +261,7 @@ class TrainSection(Section):
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
     learning_rate: float = Field(1e-3, gt=0)
     scheduler: str = Field(
-        "warmup_stable_decay", description="default: full rate until the freeze, then down to zero with the small model"
+        "warmup_stable_decay", description="default: full rate until the freeze and half of the steps, then to zero"
     )
     warmup_steps: float = Field(0.05, ge=0, description="steps, or a share of all steps if below 1")
     max_length: int = Field(512, ge=8, description="tokens; longer rows are cut at the end")

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
-from prunetune.config.presets import phase_steps, save_every
+from prunetune.config.presets import decay_steps, save_every
 from prunetune.config.schema import RunConfig
 
 
@@ -45,9 +45,7 @@ def sft_config(config: RunConfig, output_dir: Path, steps: int) -> SFTConfig:
         "run_name": config.folder.name,
     }
     if train.scheduler == "warmup_stable_decay":
-        # Full rate until the freeze; the sliced model then learns on while it falls to zero.
-        recover = phase_steps(config.phases, steps).recover
-        values["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, recover)}
+        values["lr_scheduler_kwargs"] = {"num_decay_steps": decay_steps(config.phases, steps)}
     if train.eval_every:
         values |= {"eval_strategy": "steps", "eval_steps": train.eval_every}
     return SFTConfig(**{**values, **train.sft})

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from transformers import get_scheduler
 
 from prunetune.config.load import load_config
 from prunetune.config.presets import (
@@ -15,6 +19,7 @@ from prunetune.config.presets import (
     total_steps,
 )
 from prunetune.config.schema import PhaseConfig, TrainSection
+from prunetune.train.settings import sft_config
 
 SHARES = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (0.1, 0.4), (0.5, 0.5), (0.9, 0.05), (0.25, 0.5)]
 
@@ -34,6 +39,25 @@ def test_phase_boundaries_are_the_shares() -> None:
     assert phase_steps(PhaseConfig(warmup=0.1, search=0.4), 80) == PhaseSteps(8, 40, 80)
     with pytest.raises(ValueError, match="at least one step"):
         phase_steps(PhaseConfig(), 0)
+
+
+@pytest.mark.parametrize("search", [0.1, 0.4, 0.7])
+def test_the_rate_is_full_until_the_freeze_and_half_of_the_steps_and_zero_at_the_end(
+    search: float, tmp_path: Path
+) -> None:
+    config = load_config(None, ["model=a", "target=60%", "folder=runs/a", f"phases.search={search}"])
+    args = sft_config(config, tmp_path, 80)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, 4, 80, dict(args.lr_scheduler_kwargs))
+    rates = []
+    for _ in range(81):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    falls = max(phase_steps(config.phases, 80).freeze, 40)
+    assert rates[4 : falls + 1] == [1.0] * (falls - 3)
+    assert rates[falls + 1] < 1.0
+    assert rates[80] == pytest.approx(0.0)
 
 
 def test_total_steps_counts_as_the_trainer_does() -> None:
