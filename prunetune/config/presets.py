@@ -59,7 +59,7 @@ def phase_steps(phases: PhaseConfig, total_steps: int) -> PhaseSteps:
 
     Example:
         >>> phase_steps(PhaseConfig(), 80)
-        PhaseSteps(warmup_end=8, freeze=40, total=80)
+        PhaseSteps(warmup_end=4, freeze=20, total=80)
     """
     if total_steps < 1:
         raise ValueError(f"a run has at least one step, not {total_steps}")
@@ -93,7 +93,7 @@ def decay_steps(phases: PhaseConfig, steps: int) -> int:
     """Optimizer steps in which the learning rate falls to zero: the last half, but not before the freeze.
 
     Example:
-        >>> [decay_steps(PhaseConfig(search=share), 80) for share in (0.1, 0.4, 0.7)]
+        >>> [decay_steps(PhaseConfig(search=share), 80) for share in (0.2, 0.45, 0.75)]
         [40, 40, 16]
     """
     return max(1, min(phase_steps(phases, steps).recover, steps // 2))

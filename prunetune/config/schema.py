@@ -222,8 +222,8 @@ class DistillConfig(Section):
 class PhaseConfig(Section):
     """Shares of the optimizer steps; recover gets what is left."""
 
-    warmup: Fraction = Field(0.10, description="all gates open")
-    search: Fraction = Field(0.40, description="gates move toward the budget")
+    warmup: Fraction = Field(0.05, description="all gates open")
+    search: Fraction = Field(0.20, description="gates move toward the budget")
 
     @model_validator(mode="after")
     def _leaves_recovery(self) -> PhaseConfig:

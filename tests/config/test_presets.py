@@ -83,7 +83,7 @@ def test_every_derived_value_has_a_reason() -> None:
     known, unknown = derive(config, 80), derive(config, None)
     assert [item.name for item in known] == [item.name for item in unknown]
     assert all(item.value and item.reason for item in known + unknown)
-    assert {item.name: item.value for item in known}["search"] == "32 steps"
+    assert {item.name: item.value for item in known}["search"] == "16 steps"
     assert str(export_folder(config)) == "runs/a/compact"
     assert {item.name for item in known} > {"warm-up", "checkpoint", "validation", "export"}
 

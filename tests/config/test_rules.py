@@ -80,7 +80,7 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     [
         (["target=100%"], None, "plain LoRA"),
         (["target=20%"], None, "below about 30%"),
-        (["phases.search=80%"], None, "leave 10% of the steps to recover"),
+        (["phases.search=85%"], None, "leave 10% of the steps to recover"),
         (["train.max_steps=50", "train.epochs=3"], 50, "train.epochs is not used"),
         (["evaluate.rows=900"], None, "at most data.validation_rows 400"),
         ([], 10, "noisy"),

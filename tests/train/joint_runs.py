@@ -12,15 +12,16 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig
 
-from prunetune.config.schema import PruneConfig, TargetConfig
+from prunetune.config.schema import PhaseConfig, PruneConfig, TargetConfig
 from prunetune.train.trainer import JointTrainer
 from tests.support import tiny_model, tiny_rows, tiny_tokenizer
 
-STEPS = 8  # with the default phases: warm-up [0, 1), search [1, 4), recover [4, 8)
+STEPS = 8  # with PHASES: warm-up [0, 1), search [1, 4), recover [4, 8)
 FREEZE_STEP = 4
 # 20 rows in batches of 4 are 5 steps an epoch: the run crosses an epoch after the freeze.
 ROWS = 20
 UNITS = ("mlp_channels", "kv_groups")
+PHASES = PhaseConfig(warmup=0.1, search=0.4)
 
 
 def sft_args(out: Path, **changes: Any) -> SFTConfig:
@@ -53,9 +54,9 @@ def lora(**changes: Any) -> LoraConfig:
 def prune_config(
     mask: Any = "saliency", compensation: Any = "none", units: Sequence[str] = UNITS, kept: str = "60%", **more: Any
 ) -> PruneConfig:
-    """60% of a tiny model, MLP widths in eights."""
+    """60% of a tiny model, MLP widths in eights, frozen half way."""
     target = TargetConfig(kept=kept, align=8, units=tuple(units))
-    return PruneConfig(target=target, mask=mask, compensation=compensation, **more)
+    return PruneConfig(**{"target": target, "mask": mask, "compensation": compensation, "phases": PHASES, **more})
 
 
 def rows(number: int = ROWS, seed: int = 0) -> Dataset:
