@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from prunetune.config.schema import DeltaConfig, PruneConfig, TargetConfig
+from prunetune.config.schema import DeltaConfig
 from prunetune.core.errors import ConfigError
 from prunetune.train.delta_training import DeltaTrainer, Factors, TrainDrop, pull, trained_factors
 from tests.support import logits, tiny_model, tiny_tokenizer
@@ -28,7 +28,7 @@ def factors(seed: int = 0) -> Factors:
 
 def trainer(out: Path, delta: dict[str, Any], *, args: dict[str, Any] | None = None, **lora_options: Any):
     values: dict[str, Any] = {"save_steps": 1, **(args or {})}
-    prune = PruneConfig(target=TargetConfig(kept="60%", align=8), compensation="none", delta=DeltaConfig(**delta))
+    prune = prune_config(delta=DeltaConfig(**delta))
     return DeltaTrainer(
         tiny_model(),
         sft_args(out, **values),
