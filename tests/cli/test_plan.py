@@ -25,7 +25,7 @@ def test_plan_counts_what_the_shapes_say(run_file: Path) -> None:
     assert plan.compact.size_bytes == 2 * plan.compact.total_params
     assert plan.dense.lora_params == 4 * 16 * (2 * 128 + 2 * 96 + 3 * 256)
     share = plan.compact.flops_per_token / plan.dense.flops_per_token
-    assert plan.relative_flops == pytest.approx((40 + 40 * share) / 80)
+    assert plan.relative_flops == pytest.approx((20 + 60 * share) / 80)
     assert plan.steps == 80
 
 

@@ -43,7 +43,7 @@ def static_run(out: Path, phases: dict[str, float] | None = None, **kwargs: Any)
     plan_file = out.with_suffix(".plan.json")
     random_plan(tiny_arch(), ALL_UNITS, seed=3).save(plan_file)
     mask = {"method": "static", "plan": plan_file, "fade_share": 0.3}
-    prune = prune_config(mask, units=ALL_UNITS, phases=phases or {})
+    prune = prune_config(mask, units=ALL_UNITS, **({"phases": phases} if phases else {}))
     trainer = joint_trainer(out, prune=prune, **kwargs)
     trainer.train()
     assert trainer.plan == Plan.load(plan_file)

@@ -273,7 +273,8 @@ def test_interruption_is_asked_for_once_per_training() -> None:
 def test_influence_of_rows_takes_adams_moments_from_a_checkpoint(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoints = run(configure(root, "less", train={"keep_checkpoints": 3})).folder / "train"
+    half_way = {"warmup": 0.1, "search": 0.4}
+    checkpoints = run(configure(root, "less", phases=half_way, train={"keep_checkpoints": 3})).folder / "train"
     data = str(root / "rows.jsonl")
     asked: dict[str, Any] = {"extras": ("influence",), "validation": data, "max_rows": 8, "max_length": 32}
     shutil.copytree(checkpoints / "checkpoint-3", tmp_path / "adapter")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from prunetune.config.schema import PruneConfig, TargetConfig
 from tests.support import tiny_folder
+from tests.train.joint_runs import PHASES
 
 # Multiples of 64 whatever is cut: see model.quantized.require_sound.
 WIDTHS: dict[str, Any] = {
@@ -45,5 +46,6 @@ def load(folder: Path, kind: str) -> Any:
 
 
 def prune_config(mask: Any = "saliency", compensation: Any = "none", kept: str = "70%", **more: Any) -> PruneConfig:
-    """MLP widths in steps of 64."""
-    return PruneConfig(target=TargetConfig(kept=kept, align=64), mask=mask, compensation=compensation, **more)
+    """MLP widths in steps of 64, frozen half way."""
+    target = TargetConfig(kept=kept, align=64)
+    return PruneConfig(**{"target": target, "mask": mask, "compensation": compensation, "phases": PHASES, **more})
