@@ -55,6 +55,7 @@ def configuration(root: Path, folder: Path, keep: int = 1) -> RunConfig:
         "data": {"train": str(root / "rows.jsonl"), "validation_rows": 6, "general_text": str(root / "prose.txt")},
         "target": {"kept": "60%", "align": 8},
         "compensation": {"method": "refit", "tokens": 256},
+        "phases": {"warmup": 0.1, "search": 0.4},
         "train": {
             "max_steps": STEPS,
             "batch_size": 4,
