@@ -87,13 +87,18 @@ def test_plan_needs_no_torch_and_no_weights(run_file: Path) -> None:
     assert in_fresh_process(code).splitlines()[-1] == "[]"
 
 
-def test_help_is_there_within_a_second() -> None:
-    seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        start = time.perf_counter()
-        in_fresh_process("from prunetune.cli.main import app; app(['--help'], standalone_mode=False)")
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0
+def test_help_takes_little_more_than_the_libraries_that_draw_it() -> None:
+    codes = {
+        "ours": "from prunetune.cli.main import app; app(['--help'], standalone_mode=False)",
+        "bare": "import typer, rich.console, pydantic, yaml",
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in codes}
+    for _ in range(3):  # the best of three, in turns: the machine may be busy
+        for name, code in codes.items():
+            start = time.perf_counter()
+            in_fresh_process(code)
+            seconds[name].append(time.perf_counter() - start)
+    assert min(seconds["ours"]) < 4 * min(seconds["bare"])
 
 
 def test_help_lists_every_command() -> None:
