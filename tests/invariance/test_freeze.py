@@ -24,6 +24,7 @@ from prunetune.train.trainer import JointTrainer
 from tests.support import hard_gates, random_plan, tiny_arch, tiny_model, tiny_tokenizer
 from tests.train.joint_runs import (
     FREEZE_STEP,
+    PHASES,
     joint_trainer,
     lora,
     metrics,
@@ -38,12 +39,12 @@ ALL_UNITS = ("mlp_channels", "kv_groups", "query_heads", "layers")
 HEAD = 8  # head_dim of the tiny llama: 48 hidden, 6 query heads in 3 KV groups
 
 
-def static_run(out: Path, phases: dict[str, float] | None = None, **kwargs: Any) -> JointTrainer:
+def static_run(out: Path, phases: Any = PHASES, **kwargs: Any) -> JointTrainer:
     """A run that follows a random plan; its gates are fully closed before the freeze."""
     plan_file = out.with_suffix(".plan.json")
     random_plan(tiny_arch(), ALL_UNITS, seed=3).save(plan_file)
     mask = {"method": "static", "plan": plan_file, "fade_share": 0.3}
-    prune = prune_config(mask, units=ALL_UNITS, **({"phases": phases} if phases else {}))
+    prune = prune_config(mask, units=ALL_UNITS, phases=phases)
     trainer = joint_trainer(out, prune=prune, **kwargs)
     trainer.train()
     assert trainer.plan == Plan.load(plan_file)
