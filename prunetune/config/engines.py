@@ -94,22 +94,8 @@ FEATURES: dict[str, Feature] = {
         },
         "set train.bf16: true",
     ),
-    "masks that read the adapters": Feature(
-        "mask: lora_gradient, atp, apt, gradual_zero",
-        {
-            engine: "{engine} takes its step within the backward pass, and these read adapters and gradients in between"
-            for engine in ("zero2", "zero3")
-        },
-        "launch with ddp or fsdp2, or set mask: saliency",
-    ),
-    "adapter ranks": Feature(
-        "lora.ranks: light_peft, apt",
-        {
-            engine: "{engine} takes its step within the backward pass, and these read the adapters' gradients after it"
-            for engine in ("zero2", "zero3")
-        },
-        "launch with ddp or fsdp2, or set lora.ranks: keep",
-    ),
+    "masks that read the adapters": Feature("mask: lora_gradient, atp, apt, gradual_zero"),
+    "adapter ranks": Feature("lora.ranks: light_peft, apt"),
     "distillation in the search": Feature("distill.weight"),
     "choosing rows and tokens while training": Feature("data.samples, data.tokens"),
     "penalty on what is learnt": Feature("delta.regularize"),

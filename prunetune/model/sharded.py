@@ -32,6 +32,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(tensor: Any) -> torch.Size:
+    """The shape that a parameter has when it is whole."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that FSDP2 may have spread."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

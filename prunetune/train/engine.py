@@ -69,6 +69,19 @@ class Engine:
         """Trained parameters, whole and in the precision that they are kept in, to be changed in place."""
         return changing(parameters)
 
+    def before_step(self, function: Callable[[], None], *, gradients: bool) -> bool:
+        """Lets a function run between every backward pass and the optimizer's step that follows.
+
+        Args:
+            function: all processes call it.
+            gradients: whether it reads the trained parameters with their gradients, or takes these away: a parameter
+                without one is left alone by the step.
+
+        Returns:
+            False if the engine leaves this to the Trainer, whose callbacks come in between.
+        """
+        return False
+
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's param groups that have parameters, in the order they were made in."""
         return [group for group in self.trainer.optimizer.param_groups if group["params"]]

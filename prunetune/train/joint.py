@@ -20,6 +20,7 @@ from prunetune.model.gates import GateSet, GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
 from prunetune.model.quantized import quantized_linears
+from prunetune.model.sharded import changing
 from prunetune.model.surgery import base_model
 from prunetune.model.units import HIDDEN, sites
 from prunetune.train.launched import engine_problems
@@ -34,15 +35,24 @@ class JointSearch:
         prune: the user's settings.
         planner: what finds plans for this model and target.
         phases: the run's phases in optimizer steps.
+        changing: see AdapterView.
         recompute: see GateSet.
     """
 
     def __init__(
-        self, model: nn.Module, prune: PruneConfig, planner: Planner, phases: PhaseSteps, *, recompute: bool = False
+        self,
+        model: nn.Module,
+        prune: PruneConfig,
+        planner: Planner,
+        phases: PhaseSteps,
+        *,
+        changing: Any = changing,
+        recompute: bool = False,
     ):
         self.planner, self.phases, self._prune = planner, phases, prune
         method = prune.mask.method
-        adapters = AdapterView(model, planner.arch, planner.sites) if MASKS.get(method).reads_adapters else None
+        reads = MASKS.get(method).reads_adapters
+        adapters = AdapterView(model, planner.arch, planner.sites, changing) if reads else None
         self.mask = build_mask(method, prune.mask.options(), MaskContext(planner, phases, prune.seed, adapters))
         least = self.mask.least_search
         if phases.search < least:
@@ -55,6 +65,11 @@ class JointSearch:
         )
         self.gate_set.attach()
         self.ranks = RankSearch(model, planner.arch, prune, phases)
+
+    @property
+    def reads_adapters(self) -> bool:
+        """Whether ``end_step`` reads the adapters and their gradients."""
+        return self.mask.reads_adapters or self.ranks.method.observes
 
     def phase(self, step: int) -> str:
         """``warmup`` or ``search``: what optimizer step ``step`` (0-based) belongs to."""

@@ -18,7 +18,7 @@ from prunetune.methods.ranks import RANKS, SeenAdapter, build_ranks, check_ranks
 from prunetune.model.adapters import AdaptedLinear, AdapterView
 from prunetune.model.architecture import Architecture
 from prunetune.model.ranks import Ranks, names_layers
-from prunetune.model.sharded import whole
+from prunetune.model.sharded import whole, whole_shape
 from prunetune.model.surgery import Surgery
 from prunetune.model.units import sites
 from prunetune.train.launched import engine_problems
@@ -41,7 +41,7 @@ class RankSearch:
         self._steps = (phases.search + 1) // 2
         self._begins, self._on = phases.freeze - self._steps, False
         self._linears = adapted_linears(model, arch) if self.method.observes else {}
-        self._importance = {path: torch.zeros(len(of.factors()[0])) for path, of in self._linears.items()}
+        self._importance = {path: torch.zeros(whole_shape(of.factors()[0])[0]) for path, of in self._linears.items()}
         # Sum of |s B A x| / |W x|, and tokens: of all steps, and of this one on this process.
         self._outputs = {path: torch.zeros(2) for path in self._linears if self.method.reads_outputs}
         self._heard: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunetune.core.errors import ConfigError, Problem
 from prunetune.model.sharded import close, is_open
 from prunetune.train.engine import Engine, T, in_forward
 
@@ -69,6 +70,65 @@ class Zero(Engine):
         for parameter, value in zip(parameters, values, strict=True):
             self._put(parameter, value, None)
             self._show(parameter, value)
+
+    def before_step(self, function: Callable[[], None], *, gradients: bool) -> bool:
+        if not self.runs:
+            return False
+        plain = self.trainer.deepspeed.step
+
+        def step(*args: Any, **kwargs: Any) -> None:
+            with self._left_alone() if gradients and self._among_gradients(function) else contextlib.nullcontext():
+                if not gradients:
+                    function()
+                plain(*args, **kwargs)
+
+        self.trainer.deepspeed.step = step
+        return True
+
+    def _among_gradients(self, function: Callable[[], None]) -> bool:
+        """Calls a function that finds whole, clipped gradients on whole parameters; whether it took all of them away.
+
+        Raises:
+            ConfigError: it took some of them away: the optimizer has one count of steps for all.
+        """
+        from deepspeed.utils import safe_get_full_grad as full
+
+        trained = list(self.trained().values())
+        found = [full(parameter) for parameter in trained]
+        clip, norm = self.trainer.deepspeed.gradient_clipping(), torch.nn.utils.get_total_norm(found)
+        share = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else 1.0
+        with self._whole(trained):
+            for parameter, gradient in zip(trained, found, strict=True):
+                parameter.grad = (gradient * share).to(parameter.dtype)
+            function()
+            left = {name for name, parameter in self.trained().items() if parameter.grad is not None}
+            for parameter in trained:
+                parameter.grad = None
+        if left and len(left) < len(trained):
+            why = f"{min(left)} learns in every step, the adapters do not: ZeRO cannot tell them apart"
+            raise ConfigError([Problem(f"{why}; launch with ddp or fsdp2, or train adapters alone", "mask.method")])
+        return not left
+
+    def _whole(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Lets parameters be read."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _left_alone(self) -> Iterator[None]:
+        """Undoes what a step does to the trained parameters and to what the optimizer keeps of them."""
+        state = self._zero.optimizer.state
+        before = [
+            (flat, flat.detach().clone(), {key: value.clone() for key, value in state.get(flat, {}).items()})
+            for flat in self._flat_pieces()
+        ]
+        yield
+        for flat, values, kept in before:
+            flat.data.copy_(values)
+            for key, value in state.get(flat, {}).items():
+                # What the very first step makes is 0 before it.
+                value.copy_(kept[key]) if key in kept else value.zero_()
+        for parameter, value in zip(self.trained().values(), self.values().values(), strict=True):
+            self._show(parameter, value.to(parameter.device))
 
     def _show(self, parameter: Any, value: Tensor) -> None:
         """Gives the model a value that the optimizer has already."""
@@ -136,6 +196,16 @@ class ZeroThree(Zero):
         parameter.ds_tensor.data.copy_(self._part(parameter, value))
         if is_open(parameter):  # small ones are kept whole, too
             parameter.data.copy_(value)
+
+    @contextlib.contextmanager
+    def _whole(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        closed: list[Any] = [parameter for parameter in parameters if not is_open(parameter)]
+        for parameter in closed:
+            parameter.all_gather()
+        try:
+            yield
+        finally:
+            close(closed)
 
     def _part(self, parameter: Any, value: Tensor) -> Tensor:
         """What this process holds of a whole tensor."""

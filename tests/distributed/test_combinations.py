@@ -111,10 +111,23 @@ def test_small_adapters_that_zero3_keeps_whole_are_pulled_too(alone: Any, tmp_pa
 
 
 @pytest.mark.parametrize("mask", ["lora_gradient", "gradual_zero", "atp", "apt"])
-def test_masks_that_read_the_adapters_decide_the_same_under_fsdp2(mask: str, alone: Any, tmp_path: Path) -> None:
-    found = start(tmp_path / "run", mask=mask, **ENGINES["fsdp2"])
-    require_got(found, "fsdp2")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_masks_that_read_the_adapters_decide_the_same(engine: str, mask: str, alone: Any, tmp_path: Path) -> None:
+    found = start(tmp_path / "run", mask=mask, **ENGINES[engine])
+    require_got(found, engine)
     require_same_trajectory(found, tmp_path / "run", alone(mask, mask=mask))
+
+
+@pytest.mark.parametrize("ranks", ["light_peft", "apt"])
+@pytest.mark.parametrize("engine", ["ddp", *ENGINES])
+def test_adapters_get_the_ranks_that_they_get_in_one_process(
+    engine: str, ranks: str, alone: Any, tmp_path: Path
+) -> None:
+    found = start(tmp_path / "run", ranks=ranks, **ENGINES.get(engine, {"engine": engine}))
+    reference = alone(f"ranks {ranks}", ranks=ranks)
+    require_same_trajectory(found, tmp_path / "run", reference)
+    sizes = {weight.shape[0] for name, weight in saved(reference[0]).items() if "lora_A" in name}
+    assert len(sizes) > 1, "ranks differ"
 
 
 @pytest.mark.parametrize("engine", ["ddp", *ENGINES])

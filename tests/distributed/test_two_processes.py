@@ -105,17 +105,6 @@ def test_hidden_gates_and_the_maps_of_pat_learn_as_in_one_process(tmp_path: Path
     require_same(saved(tmp_path / "two", 0), saved(tmp_path / "two", 1))
 
 
-@pytest.mark.parametrize("method", ["light_peft", "apt"])
-def test_adapters_get_the_ranks_that_they_get_in_one_process(tmp_path: Path, method: str) -> None:
-    first, second = launch(2, tmp_path / "two", ranks=method)
-    [alone] = launch(1, tmp_path / "one", rows=4, ranks=method)
-    assert first["losses"] == second["losses"]
-    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-3)
-    require_same(saved(tmp_path / "two", 0), saved(tmp_path / "two", 1))
-    shapes = [{name: tensor.shape for name, tensor in saved(tmp_path / out).items()} for out in ("two", "one")]
-    assert shapes[0] == shapes[1]
-
-
 def test_metrics_are_written_once(two: tuple[Path, list[dict[str, Any]]]) -> None:
     entries = metrics(two[0])
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 9))

@@ -121,7 +121,7 @@ def test_the_proximal_step_takes_its_amount_off_each_groups_joint_norm():
     amount = 0.3 * float(channel.norm())
     amounts = torch.zeros(64)
     amounts[5], amounts[6] = amount, 1e9
-    shrink(linears, {"layers.1.mlp_channels": amounts})
+    shrink(of.adapters, {"layers.1.mlp_channels": amounts})
     after = {linear.role: linear for linear in linears if linear.layer == 1}
     torch.testing.assert_close(after["up"].factors()[1][5].detach(), 0.7 * rows["up"][5])
     torch.testing.assert_close(after["down"].factors()[0][:, 5].detach(), 0.7 * rows["down"][5])

@@ -12,7 +12,6 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prunetune.config.engines import refusal
 from prunetune.config.presets import PhaseSteps
 from prunetune.core.errors import ConfigError, DataError
 from prunetune.core.sizes import parse_fraction
@@ -236,8 +235,3 @@ def test_search_that_was_run_without_the_method_is_not_gone_on_with(tmp_path: Pa
     trainer = joint_trainer(tmp_path, prune=prune_config(ranks="apt"), args={"max_steps": 3})
     with pytest.raises(DataError, match=r"lora\.ranks"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_engines_without_gradients_in_between_are_refused(engine: str) -> None:
-    assert "set lora.ranks: keep" in str(refusal(engine, "adapter ranks"))

@@ -6,30 +6,29 @@ Legend: O output and I input features of a linear, r LoRA rank, U units of a sit
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from prunetune.model.adapters import AdaptedLinear, Owner
-from prunetune.model.sharded import changing
+from prunetune.model.adapters import AdapterView, Owner
 
 
 @torch.no_grad()
-def shrink(linears: Iterable[AdaptedLinear], amounts: Mapping[str, Tensor]) -> None:
+def shrink(adapters: AdapterView, amounts: Mapping[str, Tensor]) -> None:
     """x <- x * max(0, |x| - amount) / |x| for the LoRA slices x of every unit, all its linears' in one norm.
 
     Rows of B belong to units that own outputs, columns of A to units that own inputs, both to whole layers.
 
     Args:
-        linears: changed in place. amounts: site -> (U,) what is taken off each unit's norm; 0 leaves it alone.
+        adapters: changed in place. amounts: site -> (U,) what is taken off each unit's norm; 0 leaves it alone.
     """
     with contextlib.ExitStack() as stack:
         slices = [
             (owner, part)
-            for linear in linears
+            for linear in adapters.linears
             if linear.adapted and any(_shrinks(owner, amounts) for owner in linear.owners)
-            for a_rI, b_Or in [stack.enter_context(changing(linear.factors()[:2]))]
+            for a_rI, b_Or in [stack.enter_context(adapters.changing(linear.factors()[:2]))]
             for owner in linear.owners
             if _shrinks(owner, amounts)
             for part in _slices(a_rI, b_Or, owner)

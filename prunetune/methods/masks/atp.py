@@ -179,7 +179,7 @@ class AtpMask(Mask):
         closed = {name: 1.0 - gate for name, gate in self._ran_on.items()}
         total = max(1.0, float(sum(gate.sum() for gate in closed.values())))
         pull = learning_rate * self.options.shrink * way
-        shrink(self.context.adapters.linears, {name: pull * float(t.sum()) / total * t for name, t in closed.items()})
+        shrink(self.context.adapters, {name: pull * float(t.sum()) / total * t for name, t in closed.items()})
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
