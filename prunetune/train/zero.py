@@ -77,9 +77,10 @@ class Zero(Engine):
         plain = self.trainer.deepspeed.step
 
         def step(*args: Any, **kwargs: Any) -> None:
-            with self._left_alone() if gradients and self._among_gradients(function) else contextlib.nullcontext():
-                if not gradients:
-                    function()
+            alone = gradients and self._among_gradients(function)
+            if not gradients:
+                function()
+            with self._left_alone() if alone else contextlib.nullcontext():
                 plain(*args, **kwargs)
 
         self.trainer.deepspeed.step = step
