@@ -6,6 +6,7 @@ a scheduler (SIGTERM) with everything saved: requeue the same command with --res
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Annotated, Any
 
@@ -26,6 +27,8 @@ class _Commands(TyperGroup):
     """Turns deliberate errors into a message and an exit code; anything else is a bug and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        # Merely imported, on a CPU, it asks for a package that nothing here needs.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
         except PrunetuneError as error:
