@@ -6,8 +6,7 @@ Legend: O output and I input features of a linear, r LoRA rank, U units of a sit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from prunetune.model.architecture import Architecture
 from prunetune.model.families import Columns, Rows, Writers
 from prunetune.model.quantized import weight_of
-from prunetune.model.sharded import changing, opened, whole
+from prunetune.model.sharded import Changing, changing, opened, whole
 from prunetune.model.surgery import base_model
 from prunetune.model.units import Site, span_features
 
@@ -84,12 +83,11 @@ class AdaptedLinear:
         """(O, I) float32 W + scale * B A; W dequantised if it is stored in 4 or 8 bit."""
         base = getattr(self.module, "base_layer", self.module)
         with opened(base):
-            # A copy, because what the engine has opened for a moment is emptied again.
-            weight_OI = whole(weight_of(base)).to(torch.float32, copy=True)
-        if self.adapted:
+            weight_OI = whole(weight_of(base)).float()
+            if not self.adapted:
+                return weight_OI.clone()  # what was opened for a moment is emptied again
             a_rI, b_Or, scale = self.factors()
-            weight_OI = weight_OI + scale * (whole(b_Or).float() @ whole(a_rI).float())
-        return weight_OI
+            return weight_OI + scale * (whole(b_Or).float() @ whole(a_rI).float())
 
     @torch.no_grad()
     def weight_gradient(self) -> Tensor:
@@ -112,7 +110,7 @@ class AdapterView:
         model: a PeftModel, dense.
         arch: its architecture.
         sites: the sites that are gated.
-        changing: makes factors whole, to be changed in place by all processes alike; how depends on the engine.
+        changing: how factors are opened to be changed, which depends on the engine.
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class AdapterView:
         model: nn.Module,
         arch: Architecture,
         sites: Iterable[Site],
-        changing: Callable[[Sequence[Tensor]], AbstractContextManager[list[Tensor]]] = changing,
+        changing: Changing = changing,
     ):
         self.changing = changing
         base, family = base_model(model), arch.family

@@ -8,13 +8,16 @@ from that ``whole`` makes a whole copy.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Makes parameters whole, to be changed in place by all processes alike.
+Changing = Callable[[Sequence[Tensor]], contextlib.AbstractContextManager[list[Tensor]]]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -56,20 +59,28 @@ def changing(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 @contextlib.contextmanager
 def opened(module: nn.Module) -> Iterator[None]:
     """Makes a module's weights whole while it lasts; what was changed or put in their place is spread again."""
-    closed: list[Any] = [
-        parameter for parameter in module.parameters() if is_spread(parameter) and not is_open(parameter)
-    ]
-    for parameter in closed:
-        parameter.all_gather()
+    closed: list[Any] = []
     try:
-        yield
+        with gathered(module.parameters()) as closed:
+            yield
     finally:
-        close(closed)
         new = [
             parameter for parameter in module.parameters() if not is_spread(parameter) and not parameter.requires_grad
         ]
         if closed and new:
             closed[0].convert_to_zero_parameters(param_list=new)
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[list[Any]]:
+    """Makes parameters whole while it lasts; gives those that were not."""
+    closed: list[Any] = [parameter for parameter in parameters if is_spread(parameter) and not is_open(parameter)]
+    for parameter in closed:
+        parameter.all_gather()
+    try:
+        yield closed
+    finally:
+        close(closed)
 
 
 @contextlib.contextmanager

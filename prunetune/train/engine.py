@@ -28,6 +28,8 @@ class Engine:
 
     # Whether adapters, or their float32 values, are kept elsewhere than in the model.
     shards_trained = False
+    # Whether it takes the optimizer's step itself, before the Trainer's callbacks could come in between.
+    steps_in_backward = False
     # Whether the base's weights are whole only while a forward or backward pass needs them.
     shards_weights = False
 
@@ -69,18 +71,14 @@ class Engine:
         """Trained parameters, whole and in the precision that they are kept in, to be changed in place."""
         return changing(parameters)
 
-    def before_step(self, function: Callable[[], None], *, gradients: bool) -> bool:
-        """Lets a function run between every backward pass and the optimizer's step that follows.
+    def before_step(self, function: Callable[[], None], *, gradients: bool) -> None:
+        """With ``steps_in_backward``: lets a function run before every step from now on; otherwise callbacks do.
 
         Args:
             function: all processes call it.
-            gradients: whether it reads the trained parameters with their gradients, or takes these away: a parameter
-                without one is left alone by the step.
-
-        Returns:
-            False if the engine leaves this to the Trainer, whose callbacks come in between.
+            gradients: whether it reads the trained parameters with their gradients, or takes all of these away, which
+                leaves the parameters alone in that step.
         """
-        return False
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's param groups that have parameters, in the order they were made in."""

@@ -20,7 +20,7 @@ from prunetune.model.gates import GateSet, GateStatistics
 from prunetune.model.plan import Plan
 from prunetune.model.planner import Planner
 from prunetune.model.quantized import quantized_linears
-from prunetune.model.sharded import changing
+from prunetune.model.sharded import Changing, changing
 from prunetune.model.surgery import base_model
 from prunetune.model.units import HIDDEN, sites
 from prunetune.train.launched import engine_problems
@@ -46,7 +46,7 @@ class JointSearch:
         planner: Planner,
         phases: PhaseSteps,
         *,
-        changing: Any = changing,
+        changing: Changing = changing,
         recompute: bool = False,
     ):
         self.planner, self.phases, self._prune = planner, phases, prune
@@ -129,6 +129,14 @@ def mask_refusals(trainer: Any, prune: PruneConfig) -> list[Problem]:
         return found
     found += engine_problems(trainer, "masks that read the adapters", "mask.method")
     view = AdapterView(trainer.model, trainer.dense, sites(trainer.dense, prune.target.units))
+    heard = {id(factor) for linear in view.linears if linear.adapted for factor in linear.factors()[:2]}
+    beside = [name for name, p in trainer.model.named_parameters() if p.requires_grad and id(p) not in heard]
+    if beside and MASKS.get(method).takes_gradients and trainer.engine.steps_in_backward:
+        why = (
+            f"{method} leaves the adapters alone in some steps, and {beside[0]} learns in all of them: under ZeRO they "
+            "cannot be told apart; train adapters on the decoder's linears alone, or launch with ddp or fsdp2"
+        )
+        found.append(Problem(why, "mask.method"))
     bare = sorted({owner.site for linear in view.linears for owner in linear.owners} - _heard(view))
     if bare:
         found.append(

@@ -41,10 +41,10 @@ def require_equal(masked: Tensor, sliced: Tensor, model: nn.Module, *, exact: bo
         sliced: logits of the sliced model, before compensation.
         model: the sliced model. exact: whether both were computed in float64.
     """
-    difference, bound = float((masked - sliced).abs().max()), EXACT_BOUND
-    if not exact:
-        # The two models add in different orders; the exact comparison is then the one at export.
-        bound = 64 * torch.finfo(next(base_model(model).parameters()).dtype).eps * float(masked.abs().max())
+    difference = float((masked - sliced).abs().max())
+    # Rounded, the two models add in different orders; the exact comparison is then the one at export.
+    rounded = 64 * torch.finfo(next(base_model(model).parameters()).dtype).eps * float(masked.abs().max())
+    bound = EXACT_BOUND if exact else rounded
     if not difference <= bound:
         raise PlanMismatchError(
             f"slicing changed the model: logits differ by {difference:.2e} from the masked model (bound {bound:.2e}). "

@@ -51,7 +51,7 @@ class JointTrainer(DistillingTrainer):
         self._resumed_from: Path | None = None
         self._legs: list[tuple[int, dict[str, float]]] = []
         self._leg_began = 0
-        self._stopped_early = self._steps_in_backward = False
+        self._stopped_early = False
         compat.quiet_progress(self)
         self._bar = ProgressBar(self.facts)
         file = metrics_file or Path(self.args.output_dir) / "metrics.jsonl"
@@ -206,9 +206,7 @@ class JointTrainer(DistillingTrainer):
         self._search = JointSearch(
             self.model, self.prune, self.planner, phases, changing=self.engine.opened, recompute=again
         )
-        self._steps_in_backward = self.engine.before_step(
-            lambda: self._end_step(self.state.global_step), gradients=self._search.reads_adapters
-        )
+        self.engine.before_step(lambda: self._end_step(self.state.global_step), gradients=self._search.reads_adapters)
         if self._resumed_from is not None:
             self._search.load_state_dict(load_mask(self._resumed_from))
         self._search.begin_step(state.global_step)
@@ -221,7 +219,7 @@ class JointTrainer(DistillingTrainer):
     def before_optimizer_step(self, step: int) -> None:
         """Hands the gates' gradients to the mask; refuses to step on a loss that is not finite."""
         self.check_finite(step)
-        if not self._steps_in_backward:
+        if not self.engine.steps_in_backward:
             self._end_step(step)
 
     def _end_step(self, step: int) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.core.errors import ConfigError, Problem
-from prunetune.model.sharded import close, is_open
+from prunetune.model.sharded import close, gathered, is_open
 from prunetune.train.engine import Engine, T, in_forward
 
 # What stage 3 leaves on modules; the next engine would go on using it, and with it the former one.
@@ -24,7 +23,7 @@ _OLD_ENGINES = ("pre_bwd_fn", "post_bwd_fn")
 class Zero(Engine):
     """DeepSpeed with ZeRO stage 1 or 2."""
 
-    shards_trained = True
+    shards_trained = steps_in_backward = True
 
     @property
     def runs(self) -> bool:
@@ -71,9 +70,9 @@ class Zero(Engine):
             self._put(parameter, value, None)
             self._show(parameter, value)
 
-    def before_step(self, function: Callable[[], None], *, gradients: bool) -> bool:
+    def before_step(self, function: Callable[[], None], *, gradients: bool) -> None:
         if not self.runs:
-            return False
+            return
         plain = self.trainer.deepspeed.step
 
         def step(*args: Any, **kwargs: Any) -> None:
@@ -84,35 +83,25 @@ class Zero(Engine):
                 plain(*args, **kwargs)
 
         self.trainer.deepspeed.step = step
-        return True
 
     def _among_gradients(self, function: Callable[[], None]) -> bool:
-        """Calls a function that finds whole, clipped gradients on whole parameters; whether it took all of them away.
-
-        Raises:
-            ConfigError: it took some of them away: the optimizer has one count of steps for all.
-        """
+        """Calls a function that finds whole, clipped gradients on whole parameters; whether it took them away."""
         from deepspeed.utils import safe_get_full_grad as full
 
         trained = list(self.trained().values())
         found = [full(parameter) for parameter in trained]
         clip, norm = self.trainer.deepspeed.gradient_clipping(), torch.nn.utils.get_total_norm(found)
         share = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else 1.0
-        with self._whole(trained):
+        with gathered(trained):
             for parameter, gradient in zip(trained, found, strict=True):
                 parameter.grad = (gradient * share).to(parameter.dtype)
             function()
-            left = {name for name, parameter in self.trained().items() if parameter.grad is not None}
+            left = [parameter.grad is not None for parameter in trained]
             for parameter in trained:
                 parameter.grad = None
-        if left and len(left) < len(trained):
-            why = f"{min(left)} learns in every step, the adapters do not: ZeRO cannot tell them apart"
-            raise ConfigError([Problem(f"{why}; launch with ddp or fsdp2, or train adapters alone", "mask.method")])
-        return not left
-
-    def _whole(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Lets parameters be read."""
-        return contextlib.nullcontext()
+        # The optimizer has one count of steps for all; mask_refusals sees to it.
+        assert all(left) or not any(left)
+        return not any(left)
 
     @contextlib.contextmanager
     def _left_alone(self) -> Iterator[None]:
@@ -197,16 +186,6 @@ class ZeroThree(Zero):
         parameter.ds_tensor.data.copy_(self._part(parameter, value))
         if is_open(parameter):  # small ones are kept whole, too
             parameter.data.copy_(value)
-
-    @contextlib.contextmanager
-    def _whole(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        closed: list[Any] = [parameter for parameter in parameters if not is_open(parameter)]
-        for parameter in closed:
-            parameter.all_gather()
-        try:
-            yield
-        finally:
-            close(closed)
 
     def _part(self, parameter: Any, value: Tensor) -> Tensor:
         """What this process holds of a whole tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 from prunetune.core.errors import ConfigError
+from prunetune.train.engine import Engine
 from prunetune.train.zero import Zero
+from tests.train.joint_runs import joint_trainer, lora, prune_config
 
 
 @pytest.fixture
@@ -33,15 +36,20 @@ def test_gradients_are_seen_as_the_step_clips_them(engine: Any) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_gradients_are_taken_away_from_all_or_from_none(engine: Any) -> None:
+def test_gradients_that_are_taken_away_are_noticed(engine: Any) -> None:
     first, last = engine.trainer.model
 
     def take_away(*modules: nn.Module) -> None:
         for module in modules:
             module.zero_grad()
 
-    with pytest.raises(ConfigError, match=r"1\.bias learns in every step"):
-        engine._among_gradients(lambda: take_away(first))
-    for parameter in engine.trainer.model.parameters():
-        parameter.grad = torch.ones_like(parameter)
     assert engine._among_gradients(lambda: take_away(first, last))
+
+
+def test_what_learns_beside_adapters_that_are_left_alone_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    of = {"prune": prune_config("atp"), "peft_config": lora(modules_to_save=["lm_head"])}
+    joint_trainer(tmp_path, **of)
+    monkeypatch.setattr(Engine, "steps_in_backward", True)
+    with pytest.raises(ConfigError, match=r"lm_head.* learns in all of them"):
+        joint_trainer(tmp_path, **of)
+    joint_trainer(tmp_path, prune=prune_config("atp"))

@@ -59,6 +59,8 @@ class Mask(ABC):
     cost: ClassVar[str] = "none to speak of"
     # Whether it looks at adapters or base weights; without, the context has none.
     reads_adapters: ClassVar[bool] = False
+    # Whether it takes the adapters' gradients away in some steps, so that these leave them alone.
+    takes_gradients: ClassVar[bool] = False
     # Whether its scores mean something for the dimensions of the residual stream, whose gate acts in every layer.
     ranks_hidden: ClassVar[bool] = False
     record_squares: ClassVar[bool] = False

@@ -74,7 +74,7 @@ class AtpMask(Mask):
     paper = "arXiv 2412.14426"
     needs = "gate gradients, adapters"
     cost = "a small network's step on the CPU; alternate: twice the steps"
-    reads_adapters = True
+    reads_adapters = takes_gradients = True
 
     def __init__(self, context: MaskContext, options: AtpOptions):
         super().__init__(context, options)
