@@ -20,11 +20,16 @@ from prunetune.cli.commands import chat, compare, data, doctor, evaluate, export
 from prunetune.core.console import is_main_process
 from prunetune.core.errors import ConfigError, ProcessLostError, PrunetuneError, TerminatedError
 from prunetune.core.files import disk_is_full
+from prunetune.core.leaving import with_own_exit_code
 from prunetune.core.termination import REQUEUE_EXIT_CODE
 
 
 class _Commands(TyperGroup):
     """Turns deliberate errors into a message and an exit code; anything else is a bug and keeps its traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with with_own_exit_code():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         # Merely imported, on a CPU, it asks for a package that nothing here needs.

@@ -207,8 +207,23 @@ def reducer(accelerator: Any, scaled_by_world: bool) -> Callable[[GateStatistics
     def reduce(statistics: GateStatistics) -> GateStatistics:
         if world == 1 and scale == 1.0:
             return statistics
-        grad = {name: accelerator.reduce(t * scale, "mean") for name, t in statistics.grad.items()}
-        square = {name: accelerator.reduce(t * (scale / factor) ** 2, "sum") for name, t in statistics.square.items()}
-        return GateStatistics(grad, square)
+        grad = [t * scale for t in statistics.grad.values()]
+        square = [t * (scale / factor) ** 2 for t in statistics.square.values()]
+        sums = iter(_summed(accelerator, [*grad, *square]))
+        return GateStatistics(
+            {name: next(sums) / world for name in statistics.grad}, {name: next(sums) for name in statistics.square}
+        )
 
     return reduce
+
+
+def _summed(accelerator: Any, tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor's sum over the processes; in one message per device and dtype, because many small ones are slow."""
+    sums = list(tensors)
+    for kind in dict.fromkeys((t.device, t.dtype) for t in tensors):
+        numbers = [number for number, t in enumerate(tensors) if (t.device, t.dtype) == kind]
+        flat = accelerator.reduce(torch.cat([tensors[number].flatten() for number in numbers]), "sum")
+        pieces = flat.split([tensors[number].numel() for number in numbers])
+        for number, piece in zip(numbers, pieces, strict=True):
+            sums[number] = piece.view_as(tensors[number])
+    return sums

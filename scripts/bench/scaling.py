@@ -2,25 +2,27 @@
 
     python scripts/bench/scaling.py --out scaling.json
 
-For every engine and number of processes the joint run (search phase) and the plain one take turns, each in fresh
-processes, the other one first in every second turn; ratios of median step times and of peak memory are paired by turn
-and given with their spread. Beside them, from the tensors themselves, the largest process's bytes of optimizer, gates
-and mask. On a CPU, and wherever processes share a device, times of more processes say nothing about speed: only the
-ratios do. FSDP2 runs on CPUs as in the tests (tests/distributed/fsdp_on_cpu.py).
+For every engine and number of processes a joint run (search phase) and a plain one take their steps in turns, in the
+same processes; ratios are of neighbouring steps and given with their spread. Peak memory is that of fresh processes of
+either kind. Beside it, from the tensors themselves, the largest process's bytes of optimizer, gates and mask. On a
+CPU, and wherever processes share a device, times of more processes say nothing about speed: only the ratios do. FSDP2
+runs on CPUs as in the tests (tests/distributed/fsdp_on_cpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from threading import Semaphore
 from typing import Any
 
 import psutil
@@ -85,7 +87,6 @@ def main() -> None:
         "batch": options.batch,
         "length": options.length,
         "steps": options.steps,
-        "turns": options.turns,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "seconds": round(time.monotonic() - began),
         "results": results,
@@ -101,15 +102,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--kept", default="60%")
     parser.add_argument("--align", type=int, default=64, help="MLP widths are multiples of it; 8 for tiny models")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of a turn")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of either kind")
     parser.add_argument("--dtype", default="float32", help="of the base")
-    parser.add_argument("--only", choices=KINDS, help="one run alone, in this process; prints what it took")
+    parser.add_argument("--only", nargs="+", choices=KINDS, help="these, in this process")
     parser.add_argument("--fsdp", action="store_true", help="with --only on CPUs: under FSDP2")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if options.turns < 2:
-        parser.error("--turns: a spread takes at least two")
+    if options.steps < 2:
+        parser.error("--steps: a spread takes at least two")
     for run in options.runs:
         if run.partition(":")[0] not in ENGINES:
             parser.error(f"no engine {run.partition(':')[0]!r}; there are {', '.join(ENGINES)}")
@@ -117,31 +117,29 @@ def parse() -> argparse.Namespace:
 
 
 def compare(engine: str, processes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Turns of both kinds under one engine."""
-    turns = []
-    for number in range(options.turns):
-        order = KINDS if number % 2 == 0 else KINDS[::-1]
-        turns.append({kind: measure(kind, engine, processes, options) for kind in order})
+    """Steps of both kinds in turns under one engine, and the memory of each kind alone."""
+    seconds = {kind: found["step_seconds"] for kind, found in launch(KINDS, engine, processes, options).items()}
+    alone = {kind: launch((kind,), engine, processes, options)[kind] for kind in KINDS}
 
-    def ratios(what: str) -> dict[str, float]:
-        return spread([turn["joint"][what] / turn["plain"][what] for turn in turns])
+    def memory(what: str) -> float:
+        return round(alone["joint"][what] / alone["plain"][what], 4)
 
     return {
         "engine": engine,
         "processes": processes,
-        "step_over_plain": ratios("step_seconds"),
-        "memory_over_plain": ratios("peak_bytes"),
-        "memory_above_idle_over_plain": ratios("above_idle_bytes"),
-        "plain_step_seconds": round(median(turn["plain"]["step_seconds"] for turn in turns), 4),
-        "plain_peak_bytes": int(median(turn["plain"]["peak_bytes"] for turn in turns)),
-        **{name: int(turns[0]["joint"][name]) for name in BYTES},
-        "plain_optimizer_bytes": int(turns[0]["plain"]["optimizer_bytes"]),
+        "step_over_plain": spread([a / b for a, b in zip(seconds["joint"], seconds["plain"], strict=True)]),
+        "memory_over_plain": memory("peak_bytes"),
+        "memory_above_idle_over_plain": memory("above_idle_bytes"),
+        "plain_step_seconds": round(median(seconds["plain"]), 4),
+        "plain_peak_bytes": alone["plain"]["peak_bytes"],
+        **{name: alone["joint"][name] for name in BYTES},
+        "plain_optimizer_bytes": alone["plain"]["optimizer_bytes"],
     }
 
 
-def measure(kind: str, engine: str, processes: int, options: argparse.Namespace) -> dict[str, float]:
-    """One run of a kind in fresh processes; the slowest process's step and the largest one's memory."""
-    own = [str(Path(__file__)), "--only", kind, "--model", options.folder, "--dtype", options.dtype]
+def launch(kinds: Sequence[str], engine: str, processes: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A run of each of these kinds in the same fresh processes; the slowest one's steps, the most memory."""
+    own = [str(Path(__file__)), "--only", *kinds, "--model", options.folder, "--dtype", options.dtype]
     own += [f"--{name}={getattr(options, name)}" for name in ("batch", "length", "steps", "kept", "align")]
     # DeepSpeed compiles with the ninja that was installed with it.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -159,28 +157,40 @@ def measure(kind: str, engine: str, processes: int, options: argparse.Namespace)
             command = [*launcher, "--main_process_port", "0", *own, *["--fsdp"] * forced]
             environment |= {"DS_ACCELERATOR": "cpu"} if cpu else {}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step_seconds"')]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"engine"')]
     if done.returncode or len(found) != processes:
-        sys.exit(f"{kind} under {engine} in {processes} processes failed:\n{done.stderr[-3000:]}")
+        sys.exit(f"{' and '.join(kinds)} under {engine} in {processes} processes failed:\n{done.stderr[-3000:]}")
     if any((entry.pop("engine"), entry.pop("processes")) != (engine, processes) for entry in found):
         sys.exit(f"{engine} was to run in {processes} processes, and another one did")
-    return {name: max(entry[name] for entry in found) for name in found[0]}
+    return {
+        kind: {
+            name: list(map(max, zip(*values, strict=True))) if name == "step_seconds" else max(values)
+            for name in found[0][kind]
+            if (values := [entry[kind][name] for entry in found])
+        }
+        for kind in kinds
+    }
 
 
 class Clock(TrainerCallback):
-    """Seconds from one step's beginning to the next one's, everything included."""
+    """Seconds of steps, everything included; hands over to the next run after each, and waits for its turn.
 
-    def __init__(self) -> None:
-        self.begun: list[float] = []
+    Args:
+        turn: had while the run works.
+        following: the next run's; of a run alone, its own.
+    """
+
+    def __init__(self, turn: Semaphore, following: Semaphore) -> None:
+        self._turn, self._following = turn, following
+        self._began = 0.0
+        self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         settle()
-        self.begun.append(time.perf_counter())
-
-    def seconds(self) -> float:
-        """Median of the steps after the first ones."""
-        begun = self.begun[SETTLING_STEPS:]
-        return median(after - before for before, after in itertools.pairwise(begun))
+        self.seconds.append(time.perf_counter() - self._began)
+        self._following.release()
+        self._turn.acquire()
+        self._began = time.perf_counter()
 
 
 class Sizes(TrainerCallback):
@@ -210,32 +220,55 @@ def size(*tensors: torch.Tensor) -> int:
 
 
 def measure_here(options: argparse.Namespace) -> None:
-    """Trains in this process and prints what a step took."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    """Trains in this process and prints what the steps took."""
+    cuda = torch.cuda.is_available()
     if options.fsdp:
         force_fsdp()
-    idle, count = psutil.Process().memory_info().rss, SETTLING_STEPS + options.steps + 1
-    clock, sizes = Clock(), Sizes(count)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = sizes.trainer = build(options, folder, count, [clock, sizes])
-        trainer.train()
-    cuda = torch.cuda.is_available()
+    idle = 0 if cuda else psutil.Process().memory_info().rss
+    turns = [Semaphore(int(number == 0)) for number in range(len(options.only))]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(run_here, kind, options, folder, turn, following)
+            for kind, turn, following in zip(options.only, turns, [*turns[1:], turns[0]], strict=True)
+        ]
+        results = [run.result() for run in runs]
+    facts = results[0][0]
     peak = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
-    facts = {"step_seconds": clock.seconds(), "peak_bytes": peak, "above_idle_bytes": peak - (0 if cuda else idle)}
-    facts |= {**sizes.found, "engine": engine_name(trainer), "processes": trainer.accelerator.num_processes}
+    memory = {"peak_bytes": peak, "above_idle_bytes": peak - idle}
+    found = {kind: entry | memory for kind, (_, entry) in zip(options.only, results, strict=True)}
     # One call, so that the lines of several processes do not mix.
-    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.write(json.dumps(facts | found) + "\n")
     sys.stdout.flush()
 
 
-def build(options: argparse.Namespace, folder: str, count: int, callbacks: list[TrainerCallback]) -> SFTTrainer:
+def run_here(
+    kind: str, options: argparse.Namespace, folder: str, turn: Semaphore, following: Semaphore
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(engine and processes that it got, what it took) of one run; works only while it is its turn."""
+    turn.acquire()
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        count = SETTLING_STEPS + options.steps + 1
+        clock, sizes = Clock(turn, following), Sizes(count)
+        trainer = sizes.trainer = build(kind, options, f"{folder}/{kind}", count, [clock, sizes])
+        trainer.train()
+    finally:
+        following.release()
+    facts = {"engine": engine_name(trainer), "processes": trainer.accelerator.num_processes}
+    # The first entry is from before the first step.
+    return facts, {"step_seconds": clock.seconds[1 + SETTLING_STEPS :], **sizes.found}
+
+
+def build(
+    kind: str, options: argparse.Namespace, folder: str, count: int, callbacks: list[TrainerCallback]
+) -> SFTTrainer:
     """The trainer of the kind that was asked for; the joint one stops before its freeze."""
     cpu = not torch.cuda.is_available()
     # Half of the joint run's steps are search; a callback ends it there.
     args = SFTConfig(
         output_dir=folder,
-        max_steps=count if options.only == "plain" else 10 * count,
+        max_steps=count if kind == "plain" else 10 * count,
         per_device_train_batch_size=options.batch,
         max_length=options.length,
         use_cpu=cpu,
@@ -260,7 +293,7 @@ def build(options: argparse.Namespace, folder: str, count: int, callbacks: list[
         "processing_class": tokenizer,
         "peft_config": LoraConfig(r=16, target_modules="all-linear"),
     }
-    if options.only == "plain":
+    if kind == "plain":
         return SFTTrainer(**common, callbacks=callbacks)
     phases = {"warmup": 0.0, "search": 0.5}
     target = TargetConfig(kept=options.kept, align=options.align)

@@ -20,6 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 from prunetune.core.errors import DivergedError
+from prunetune.core.leaving import with_own_exit_code
 from prunetune.model.sharded import opened, whole
 from prunetune.pipeline.trainer import PruneTuneTrainer
 from tests.distributed.fsdp_on_cpu import force_fsdp
@@ -122,4 +123,5 @@ def main(asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    with with_own_exit_code():
+        main(json.loads(sys.argv[1]))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from prunetune.core.leaving import with_own_exit_code
 from tests.distributed.fsdp_on_cpu import force_fsdp
 from tests.distributed.joint_script import whole_weights
 from tests.train.joint_runs import joint_trainer, lora, prune_config, rows
@@ -67,4 +68,5 @@ def main(asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    with with_own_exit_code():
+        main(json.loads(sys.argv[1]))
