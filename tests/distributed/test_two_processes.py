@@ -83,17 +83,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     return out, launch(2, out)
 
 
-def test_two_processes_decide_and_compute_what_one_does(two: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    out, (first, second) = two
-    [alone] = launch(1, tmp_path / "one", rows=4)
-    assert first["engine"] == "MULTI_CPU", "what accelerate calls a MULTI_GPU launch on CPUs"
-    assert first["backend"] == "gloo"
-    assert first["processes"] == second["processes"] == 2
-    assert alone["processes"] == 1
-    assert first["plan"] == second["plan"] == alone["plan"] is not None
-    require_as_in_one(out, tmp_path / "one")
-
-
 @pytest.mark.parametrize("mask", ["lora_gradient", "atp", "hard_concrete"])
 def test_masks_that_read_adapters_and_distillation_decide_alike(tmp_path: Path, mask: str) -> None:
     first, second = launch(2, tmp_path / "two", mask=mask, distill=0.5)
