@@ -139,7 +139,8 @@ def test_bfloat16_arithmetic_follows_one_process(engine: str, alone: Any, tmp_pa
     for process in found:
         assert process["step"] == reference["step"]
         assert process["plan"] == found[0]["plan"] is not None
-        assert process["losses"] == pytest.approx(reference["losses"], rel=0.02)
+        # bfloat16's own precision: that of rounding once.
+        assert process["losses"] == pytest.approx(reference["losses"], rel=2**-8)
     require_same(saved(tmp_path / "run", 0), saved(tmp_path / "run", 1))
 
 
