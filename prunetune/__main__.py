@@ -1,5 +1,5 @@
 """``python -m prunetune`` is the command line; ``accelerate launch -m prunetune`` runs it on many processes."""
 
-from prunetune.cli.main import app
+from prunetune.cli.main import main
 
-app()
+main()

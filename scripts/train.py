@@ -5,7 +5,7 @@ accelerate launch --config_file configs/accelerate/ddp.yaml scripts/train.py my_
 
 import sys
 
-from prunetune.cli.main import app
+from prunetune.cli.main import main
 
 if __name__ == "__main__":
-    app(["train", *sys.argv[1:]])
+    main(["train", *sys.argv[1:]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -26,10 +27,6 @@ from prunetune.core.termination import REQUEUE_EXIT_CODE
 
 class _Commands(TyperGroup):
     """Turns deliberate errors into a message and an exit code; anything else is a bug and keeps its traceback."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        with with_own_exit_code():
-            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         # Merely imported, on a CPU, it asks for a package that nothing here needs.
@@ -101,5 +98,15 @@ def _complain(text: str, *, everywhere: bool = False) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(text)}")
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The whole process's work: a command, and the exit code that it ends with.
+
+    Args:
+        arguments: of the command line; None: this process's own.
+    """
+    with with_own_exit_code():
+        app(arguments)
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -95,6 +95,11 @@ FEATURES: dict[str, Feature] = {
         "set train.bf16: true",
     ),
     "masks that read the adapters": Feature("mask: lora_gradient, atp, apt, gradual_zero"),
+    "masks that leave the adapters alone in some steps, beside modules trained whole": Feature(
+        "mask: atp with modules_to_save",
+        {engine: "{engine} counts the same steps for all that is trained" for engine in ("zero2", "zero3")},
+        "launch with ddp or fsdp2, or train adapters on the decoder's linears alone",
+    ),
     "adapter ranks": Feature("lora.ranks: light_peft, apt"),
     "distillation in the search": Feature("distill.weight"),
     "choosing rows and tokens while training": Feature("data.samples, data.tokens"),

@@ -129,14 +129,11 @@ def mask_refusals(trainer: Any, prune: PruneConfig) -> list[Problem]:
         return found
     found += engine_problems(trainer, "masks that read the adapters", "mask.method")
     view = AdapterView(trainer.model, trainer.dense, sites(trainer.dense, prune.target.units))
-    heard = {id(factor) for linear in view.linears if linear.adapted for factor in linear.factors()[:2]}
-    beside = [name for name, p in trainer.model.named_parameters() if p.requires_grad and id(p) not in heard]
-    if beside and MASKS.get(method).takes_gradients and trainer.engine.steps_in_backward:
-        why = (
-            f"{method} leaves the adapters alone in some steps, and {beside[0]} learns in all of them: under ZeRO they "
-            "cannot be told apart; train adapters on the decoder's linears alone, or launch with ddp or fsdp2"
-        )
-        found.append(Problem(why, "mask.method"))
+    factors = {id(factor) for linear in view.linears if linear.adapted for factor in linear.factors()[:2]}
+    beside = any(p.requires_grad and id(p) not in factors for p in trainer.model.parameters())
+    if beside and MASKS.get(method).takes_gradients:
+        feature = "masks that leave the adapters alone in some steps, beside modules trained whole"
+        found += engine_problems(trainer, feature, "mask.method")
     bare = sorted({owner.site for linear in view.linears for owner in linear.owners} - _heard(view))
     if bare:
         found.append(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from prunetune.config.engines import refusal
 from prunetune.core.errors import ConfigError
-from prunetune.train.engine import Engine
+from prunetune.train import launched
 from prunetune.train.zero import Zero
 from tests.train.joint_runs import joint_trainer, lora, prune_config
 
@@ -49,7 +50,7 @@ def test_gradients_that_are_taken_away_are_noticed(engine: Any) -> None:
 def test_what_learns_beside_adapters_that_are_left_alone_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     of = {"prune": prune_config("atp"), "peft_config": lora(modules_to_save=["lm_head"])}
     joint_trainer(tmp_path, **of)
-    monkeypatch.setattr(Engine, "steps_in_backward", True)
-    with pytest.raises(ConfigError, match=r"lm_head.* learns in all of them"):
+    monkeypatch.setattr(launched, "refusal", lambda engine, feature: refusal("zero2", feature))
+    with pytest.raises(ConfigError, match=r"zero2 counts the same steps for all that is trained; launch with ddp"):
         joint_trainer(tmp_path, **of)
     joint_trainer(tmp_path, prune=prune_config("atp"))
