@@ -196,6 +196,24 @@ def test_a_balance_that_one_side_cannot_give_is_given_by_the_other() -> None:
     assert math.isclose(kept, problem.budget, rel_tol=1e-9)
 
 
+@pytest.mark.parametrize(("kept", "groups", "channels"), [(0.8, 3, 1088), (0.6, 2, 832), (0.5, 2, 640), (0.3, 1, 384)])
+def test_equal_shares_round_kv_groups_up_and_channels_pay(kept: float, groups: int, channels: int) -> None:
+    """The shapes of SmolLM2-135M: 3 KV groups and 1536 channels in each of 30 layers."""
+    arch = tiny_arch(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        num_hidden_layers=30,
+    )
+    planner = Planner(arch, TargetConfig(kept=kept, units=("mlp_channels", "kv_groups")))
+    problem = problem_of(planner, {site.name: np.ones(site.size) for site in planner.sites}, "loss")
+    counts = build_allocation("uniform", {}).counts(problem)
+    assert {counts[p.name] for p in problem.places if p.kind == "kv_groups"} == {groups}
+    assert {counts[p.name] for p in problem.places if p.kind == "mlp_channels"} == {channels}
+
+
 def test_feedback_spares_the_layers_that_change_their_input() -> None:
     problem = tiny_problem(("mlp_channels",), 0.7)
     counts = list(build_allocation("sensitivity_feedback", {"amplitude": 0.05}).counts(problem).values())
