@@ -52,7 +52,10 @@ def test_there_are_shipped_configurations() -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/compare/*.yaml")), ids=lambda path: path.stem)
 def test_shipped_comparison_names_methods_that_exist(path: Path, tmp_path: Path) -> None:
     train, held_out = (write_rows(tmp_path / f"{name}.jsonl", tiny_rows(4)) for name in ("train", "held_out"))
-    cells = read_comparison(path, [f"data.train={train}", f"data.validation={held_out}"]).cells
+    general = tmp_path / "general.txt"
+    general.write_text("Rivers run to the sea.")
+    here = [f"data.train={train}", f"data.validation={held_out}", f"data.general_text={general}"]
+    cells = read_comparison(path, here).cells
     assert {cell.kind for cell in cells} == {"base", "dense", "joint", "one_shot"}
     # Every budget and seed has its control.
     controls = {(cell.kept, cell.seed) for cell in cells if cell.label.startswith("joint random")}
