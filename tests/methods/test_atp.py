@@ -159,8 +159,8 @@ def test_a_short_search_learns_faster_unless_a_rate_is_set():
         return mask._adam.param_groups[0]["lr"]
 
     assert rate(make(phases=PhaseSteps(0, 1000, 2000))) == 1e-3
-    short = make(phases=PhaseSteps(10, 40, 80))
+    short = make(phases=PhaseSteps(10, 90, 120))
     assert rate(short) == pytest.approx(5e-3)
-    assert short.least_search == 30, "no warning: the search is long enough for this rate"
-    published = make(phases=PhaseSteps(10, 40, 80), learning_rate=1e-3)
-    assert published.least_search == 150
+    assert short.least_search == 80, "no warning: the search is long enough for this rate"
+    published = make(phases=PhaseSteps(10, 90, 120), learning_rate=1e-3)
+    assert published.least_search == 400

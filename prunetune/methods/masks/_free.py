@@ -78,9 +78,13 @@ class FreeMask(Mask):
 
 
 def unit_gradients(statistics: GateStatistics, costs: Mapping[str, float]) -> dict[str, Tensor]:
-    """Gate gradients per parameter, divided by their root mean square over all units: a step size then means the same
-    for every model and loss, and kinds are told apart by what their parameters are worth."""
+    """Gate gradients per parameter, divided by their root mean square over all units and held to [-1, 1].
+
+    A step size then means the same for every model and loss, and kinds are told apart by what their parameters are
+    worth. The units that matter most have gradients of some 50 times the mean square, of either sign from batch to
+    batch: unlimited, one batch closes them.
+    """
     grads = {name: grad.cpu() / costs[name] for name, grad in statistics.grad.items()}
     values = torch.cat(list(grads.values()))
     size = values.square().mean().sqrt().clamp(min=1e-30)
-    return {name: grad / size for name, grad in grads.items()}
+    return {name: (grad / size).clamp(-1.0, 1.0) for name, grad in grads.items()}

@@ -28,8 +28,8 @@ from prunetune.model.units import LAYERS_SITE
 
 # With logit a + offset, P(keep) = 1 - exp(-exp(a + offset)): above this the gate is more likely open than closed.
 MEDIAN = math.log(math.log(2))
-# Steps times learning rate that the network needs to close as many gates as a budget asks for.
-PATH = 0.15
+# Steps times learning rate that the network needs to close as many gates as a budget asks for, against noisy gradients.
+PATH = 0.4
 # The published rate, and one beyond which a step of a few rows' gradients decides too much.
 SLOWEST, FASTEST = 1e-3, 1e-2
 # Beyond these exponents nothing changes any more, and float32 ends.
@@ -79,7 +79,7 @@ class AtpMask(Mask):
     def __init__(self, context: MaskContext, options: AtpOptions):
         super().__init__(context, options)
         self.options = options
-        # It takes some 150 steps at the published rate to bring the logits from open to the budget.
+        # It takes some 400 steps at the published rate to bring the logits from open to the budget.
         rate = options.learning_rate or min(max(SLOWEST, PATH / context.phases.search), FASTEST)
         self.least_search = math.ceil(PATH / rate)
         arch, planner = context.planner.arch, context.planner

@@ -14,13 +14,19 @@ from prunetune.model.gates import GateStatistics
 from prunetune.model.units import LAYERS_SITE
 
 
+# What a mask is at the end of the search that was beyond its site's width in the second half of it.
+CLOSED = 0.01
+
+
 class MaskpruneOptions(FreeOptions):
     """Options of the maskprune mask."""
 
-    learning_rate: float = Field(0.05, gt=0, description="a mask whose gradient is average moves so far in a step")
-    pressure: float = Field(2.0, gt=0, description="of the proximal step at first")
+    learning_rate: float = Field(0.005, gt=0, description="the furthest that the loss's gradient moves a mask in a step")
+    pressure: float = Field(
+        0.0, ge=0, description="of the proximal step at first; 0: closes masks to 1% in half of the search"
+    )
     ascent: float = Field(
-        0.1, ge=0, description="how fast a site's pressure grows while masks beyond its width are open"
+        1.0, ge=0, description="how fast a site's pressure grows, of what it is at first, while masks beyond are open"
     )
     ramp_share: float = Field(0.8, gt=0, le=1, description="the budget is reached after this share of the search")
 
@@ -35,8 +41,8 @@ class MaskpruneMask(FreeMask):
     sum of y T, which is the minimum over s exactly and needs no multiplier for the budget; masks beyond the width
     shrink by 1 / (1 + 2 * rate * y), the proximal step of y T; and each y rises by T.
 
-    Differences: T counts a unit's parameters, so that kinds compare; masks within the width approach 1 by the same
-    factor, because at the freeze they are 1 and are not multiplied into the weights.
+    Differences: T counts a unit's parameters, so that kinds compare; the model runs with units within the width wholly
+    open and the gradient passes straight through, because masks are not multiplied into the weights at the freeze.
     """
 
     Options = MaskpruneOptions
@@ -46,12 +52,18 @@ class MaskpruneMask(FreeMask):
     def __init__(self, context: MaskContext, options: MaskpruneOptions):
         super().__init__(context, options)
         self.options = options
-        self._pressure = {site.name: torch.tensor(options.pressure) for site in self.sites}
+        steps = max(1.0, context.phases.search / 2)
+        self._first = options.pressure or (CLOSED ** (-1 / steps) - 1) / (2 * options.learning_rate)
+        self._pressure = {site.name: torch.tensor(self._first) for site in self.sites}
+        self._inside = {site.name: torch.ones(site.size, dtype=torch.bool) for site in self.sites}
+
+    def gates(self, step: int) -> dict[str, Tensor]:
+        return {name: torch.where(self._inside[name], 1.0, gate) for name, gate in super().gates(step).items()}
 
     def learn(self, step: int, statistics: GateStatistics) -> dict[str, float]:
         rate = self.options.learning_rate
         for name, grad in unit_gradients(statistics, self._costs).items():
-            self._free[name] = (self._free[name] - rate * grad).clamp(0.0, 1.0)
+            self._free[name] = (self._free[name] - rate * grad).clamp(0.0, 1.0 + self._spread)
         way = self.progress(step, self.options.ramp_share)
         kept = self.context.planner.plan(self.scores(), way=way, aligned=way == 1.0).kept
         beyond = 0.0
@@ -62,8 +74,9 @@ class MaskpruneMask(FreeMask):
             inside[list(kept.get(site.name, range(site.size)))] = True
             shrink = 1.0 / (1.0 + 2.0 * rate * self._pressure[site.name])
             excess = torch.where(inside, 0.0, mask.square()).mean()
-            self._free[site.name] = torch.where(inside, 1.0 - (1.0 - mask) * shrink, mask * shrink)
-            self._pressure[site.name] = self._pressure[site.name] + self.options.ascent * excess
+            self._free[site.name] = torch.where(inside, mask, mask * shrink)
+            self._inside[site.name] = inside
+            self._pressure[site.name] = self._pressure[site.name] + self.options.ascent * self._first * excess
             beyond += float(excess) / len(self.sites)
         return {"mask_beyond_width": beyond}
 
@@ -75,8 +88,10 @@ class MaskpruneMask(FreeMask):
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {**super().state_dict(), **{f"pressure.{name}": y.clone() for name, y in self._pressure.items()}}
+        pressure = {f"pressure.{name}": y.clone() for name, y in self._pressure.items()}
+        return {**super().state_dict(), **pressure, **{f"inside.{name}": u.clone() for name, u in self._inside.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._pressure = {name: state[f"pressure.{name}"].clone() for name in self._pressure}
+        self._inside = {name: state[f"inside.{name}"].clone() for name in self._inside}
