@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from prunetune.report.palette import BLUE, GREEN, GREY, INK, ORANGE, STYLE
 from prunetune.report.recipe_results import Summary
@@ -41,13 +41,19 @@ def _draw(axis: Any, panel: Sequence[Summary], references: Sequence[Summary]) ->
         axis.plot([value / (1 + spread), value * (1 + spread)], [place, place], color=colour, linewidth=2)
         axis.plot(value, place, "o", color=colour, markersize=6)
         axis.annotate(
-            f"{value:.3g}", (value, place), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8
+            f"{value:.3g}" if value < 1000 else f"{value:.0f}",
+            (value, place),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
         )
     for summary, dashes in zip(references, ("-", "--", ":"), strict=False):
         axis.axvline(summary.means["domain_ppl"], color=INK, linewidth=1, linestyle=dashes, label=summary.label)
     axis.set_yticks(range(len(panel)), [summary.label for summary in panel], fontsize=8)
     axis.set_ylim(-0.7, max(0, len(panel) - 1) + 0.7)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="x", color="#E5E5E5", linewidth=0.8)
