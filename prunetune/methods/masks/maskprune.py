@@ -13,7 +13,6 @@ from prunetune.methods.masks._free import FreeMask, FreeOptions, unit_gradients
 from prunetune.model.gates import GateStatistics
 from prunetune.model.units import LAYERS_SITE
 
-
 # What a mask is at the end of the search that was beyond its site's width in the second half of it.
 CLOSED = 0.01
 
@@ -21,7 +20,7 @@ CLOSED = 0.01
 class MaskpruneOptions(FreeOptions):
     """Options of the maskprune mask."""
 
-    learning_rate: float = Field(0.005, gt=0, description="the furthest that the loss's gradient moves a mask in a step")
+    learning_rate: float = Field(0.005, gt=0, description="the furthest that a gradient moves a mask in a step")
     pressure: float = Field(
         0.0, ge=0, description="of the proximal step at first; 0: closes masks to 1% in half of the search"
     )
