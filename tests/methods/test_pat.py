@@ -37,6 +37,22 @@ def run(mask, first, last):
             mask.after_step(step, 1e-3)
 
 
+def test_noise_does_not_undo_the_start_in_a_short_search(tmp_path):
+    """Numbers that start apart are still in that order after gradients that say nothing."""
+    mask = pat(tmp_path)
+    noise = torch.Generator().manual_seed(7)
+    for step in range(PHASES.freeze):
+        mask.gates(step)
+        seen = statistics(mask, step)
+        if step < PHASES.warmup_end:
+            seen.square["hidden"] = torch.full((48,), 10.0)
+            seen.square["hidden"][:WANTED] = 1.0
+        seen.grad["hidden"] = 1e-2 * torch.randn(48, generator=noise)
+        mask.after_backward(step, seen)
+    assert list(mask.plan({}).kept["hidden"]) == list(range(48 - WANTED, 48))
+    assert pat(tmp_path, start="equal")._adam.param_groups[0]["lr"] > mask._adam.param_groups[0]["lr"]
+
+
 @pytest.mark.parametrize("step", [3, 8, 12, 17])
 def test_gates_follow_the_formula(tmp_path, step):
     mask = pat(tmp_path)

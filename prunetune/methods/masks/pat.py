@@ -23,6 +23,8 @@ from prunetune.model.units import HIDDEN
 PUBLISHED = 10_000
 # Published runs move a number by at most this much (8000 steps of Adam at 5e-5), and no step is longer than FASTEST.
 PATH, SLOWEST, FASTEST = 0.4, 5e-5, 5e-2
+# How much of what tells numbers apart at the start noise may undo in a search.
+NOISE = 0.25
 # The mask is fixed after this share of its schedule, and gates are not closed further than sigmoid(-STEEPEST).
 FIXED, STEEPEST = 0.8, 10.0
 # Scores are exponentials of the numbers; beyond this nothing changes any more.
@@ -33,7 +35,9 @@ class PatOptions(MethodOptions):
     """Options of the pat mask."""
 
     learning_rate: float = Field(
-        0.0, ge=0, description="of the mask's numbers (Adam); 0: as far as published runs go, in the steps there are"
+        0.0,
+        ge=0,
+        description="of the mask's numbers (Adam); 0: as far as published runs go, if the start outlasts noise",
     )
     active: float = Field(10.0, ge=0, description="weight of |open units - wanted| / wanted")
     identity: float = Field(1.0, ge=0, description="weight of the identity loss of all maps")
@@ -77,6 +81,9 @@ class PatMask(Mask):
         self._beginning = Beginning(context, options.start == "saliency")
         self._steps = max(2, context.phases.search)
         rate = options.learning_rate or min(max(SLOWEST, PATH / (FIXED * self._steps)), FASTEST)
+        if not options.learning_rate and not self._beginning.over:
+            # Adam goes by a gradient's sign, so noise alone takes a number sqrt(steps) * rate far.
+            rate = min(rate, options.spread * NOISE / self._steps**0.5)
         self._theta = {site.name: torch.zeros(site.size, requires_grad=True) for site in self.sites}
         self._adam = torch.optim.Adam(list(self._theta.values()), lr=rate)
         self._stays = {site.name: torch.ones(site.size) for site in self.sites}
