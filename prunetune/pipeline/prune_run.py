@@ -217,7 +217,7 @@ class _Pruning:
     def _calibrate(self) -> None:
         """Makes the statistics that the score and the compensation read, unless they are there."""
         products = bool(self.compensation.tokens)
-        if not (products or self.compensation.makes_bias or "activations" in self.score.needs):
+        if not (products or self.compensation.makes_bias or self._measures):
             return
         if self.calibration.missing(products=products) is None:
             note(f"calibration: read from {self.calibration.folder}, no new pass")
@@ -225,6 +225,11 @@ class _Pruning:
         batches = batches_of([row.input_ids for row in self.rows.draw()], BATCH_TOKENS)
         self.calibration.run(self._stream, batches, products=products)
         note(f"calibration: kept in {self.calibration.folder} for another size or score; delete it when done")
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the score reads statistics of single layers."""
+        return isinstance(self.score, LayerScore) and "activations" in self.score.needs
 
     def _stream(self) -> LayerStream:
         config = AutoConfig.from_pretrained(self.prepared.folder, trust_remote_code=False, local_files_only=True)
@@ -236,7 +241,6 @@ class _Pruning:
             return self._model_scores(self.score)
         assert isinstance(self.score, LayerScore)
         weights, family = Weights(ShardReader(self.prepared.folder)), self.arch.family
-        measured = "activations" in self.score.needs
         shown = f"scoring with {self.request.score}"
         for layer in track(range(self.arch.layers), shown, console=console(), transient=True):
             read = {
@@ -244,7 +248,7 @@ class _Pruning:
                 for role, module in family.modules.items()
                 if "weights" in self.score.needs
             }
-            statistics = self.calibration.statistics(layer) if measured else None
+            statistics = self.calibration.statistics(layer) if self._measures else None
             self.score.collect(LayerFacts(layer, read, statistics))
         return self.score.scores()
 
@@ -254,7 +258,8 @@ class _Pruning:
         facts = [request.score, score.options.model_dump(mode="json"), request.target.units, request.seed]
         facts += [request.tokens, self.rows.digest_of_all()]
         if score.priced:
-            facts += [request.target.model_dump(mode="json"), request.allocation]
+            facts += [request.target.model_dump(mode="json"), request.allocation, request.compensation]
+            facts += [self.allocation.options.model_dump(mode="json")]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         path = self.calibration.folder / f"scores-{request.score}-{name}.safetensors"
         if path.is_file():

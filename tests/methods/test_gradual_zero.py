@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from prunetune.config.presets import PhaseSteps
@@ -46,7 +47,7 @@ def test_saliences_equal_a_direct_computation():
 
 def test_each_period_fades_its_batch_linearly_and_for_good():
     mask = make()
-    assert (mask.refresh, mask.fade_steps) == (4, 4.0)
+    assert mask.fade_steps == 4.0
     history = []
     for step in range(PHASES.freeze):
         history.append(torch.cat([gate for name, gate in mask.gates(step).items() if name.endswith("mlp_channels")]))
@@ -63,6 +64,26 @@ def test_each_period_fades_its_batch_linearly_and_for_good():
     batches = closed[PHASES.warmup_end + 3 :: 4][:10].diff()
     assert int(batches.max() - batches.min()) <= 3, "equal batches, rounded in three layers"
     assert torch.equal(gates[44], gates[-1]), "then it rests"
+
+
+@pytest.mark.parametrize("search", [3, 16, 24, 30, 57, 110])
+def test_the_last_batch_has_gone_after_the_ramps_share_of_any_search(search):
+    phases = PhaseSteps(4, 4 + search, 200)
+    mask = build_mask("gradual_zero", {}, with_adapters(context(("mlp_channels",), phases)))
+    closed = []
+    for step in range(phases.freeze):
+        mask.after_backward(step, statistics(mask, step))
+        closed.append(int(sum((gate == 0).sum() for gate in mask.gates(step + 1).values())))
+    last = next(step for step, number in enumerate(closed) if number == closed[-1]) + 1 - phases.warmup_end
+    assert closed[-1] == sum((~stays).sum() for stays in kept_masks(mask))
+    assert abs(last - 0.8 * search) <= 2
+
+
+def kept_masks(mask):
+    for site in mask.sites:
+        stays = torch.zeros(site.size, dtype=torch.bool)
+        stays[list(mask.plan({}).kept[site.name])] = True
+        yield stays
 
 
 def test_gradients_that_are_not_finite_change_no_salience():

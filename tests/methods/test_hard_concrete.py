@@ -106,6 +106,7 @@ def test_other_seeds_and_sites_draw_other_noise():
 def test_without_noise_the_gates_do_not_depend_on_the_step():
     mask = build_mask("hard_concrete", {"noise": False, "init": 1.0}, context(phases=PHASES))
     assert torch.equal(mask.gates(20)["layers.0.mlp_channels"], mask.gates(21)["layers.0.mlp_channels"])
+    assert torch.equal(mask.gates(20)["layers.0.mlp_channels"], mask.eval_gates(21)["layers.0.mlp_channels"])
 
 
 @pytest.mark.parametrize("init", [0.0, 1.0])

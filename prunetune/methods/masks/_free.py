@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Literal
@@ -11,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prunetune.methods.masks import Mask, MaskContext, finite, unit_params
-from prunetune.methods.masks._start import Beginning
+from prunetune.methods.masks._start import Beginning, steady_rate
 from prunetune.methods.options import MethodOptions
 from prunetune.model.gates import GateStatistics
 
@@ -41,6 +42,8 @@ class FreeMask(Mask):
     def __init__(self, context: MaskContext, options: FreeOptions):
         super().__init__(context, options)
         self._spread, self._beginning = options.spread, Beginning(context, options.start == "saliency")
+        # The longest step that a unit's gradient may cause.
+        self._longest = math.inf if self._beginning.over else steady_rate(options.spread, context.phases.search)
         # Published runs of these methods are thousands of steps long.
         self.least_search = 300 if self._beginning.over else 0
         self._free = {site.name: torch.ones(site.size) for site in self.sites}

@@ -69,11 +69,15 @@ class ScheduledMask(Mask):
         if searched < 0:
             return {}
         changed = 0.0
-        # However rarely it decides, it does so when the ramp ends: the gates must get to the budget.
-        if searched % self.refresh == 0 or searched == math.ceil(self.ramp_steps):
+        if self.decides(searched):
             changed = self._aim(self.way(step))
         self._move()
         return {"units_retargeted": changed}
+
+    def decides(self, searched: int) -> bool:
+        """Whether the plan is looked at anew after this many search steps."""
+        # However rarely it decides, it does so when the ramp ends: the gates must get to the budget.
+        return searched % self.refresh == 0 or searched == math.ceil(self.ramp_steps)
 
     def observe(self, step: int, statistics: GateStatistics) -> None:
         """Takes the step's finite statistics into the scores; masks that need none leave this out."""

@@ -14,6 +14,18 @@ from prunetune.model.gates import GateStatistics
 from prunetune.model.planner import Planner
 from prunetune.model.units import HIDDEN
 
+# How much of what tells numbers apart at the start noise may undo in a search.
+NOISE = 0.25
+
+
+def steady_rate(spread: float, steps: int) -> float:
+    """The largest step of a bounded gradient that leaves numbers ``spread`` apart in order, if it says nothing.
+
+    The gradients of the units that matter most are the largest, of either sign from batch to batch, so these numbers
+    walk furthest at random, sqrt(steps) steps far: with longer steps a search closes what is needed most.
+    """
+    return NOISE * spread / math.sqrt(max(1, steps))
+
 
 class Beginning:
     """Sums the warm-up's squared gate gradients and says how far each unit is above its site's boundary.

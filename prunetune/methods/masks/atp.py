@@ -28,8 +28,8 @@ from prunetune.model.units import LAYERS_SITE
 
 # With logit a + offset, P(keep) = 1 - exp(-exp(a + offset)): above this the gate is more likely open than closed.
 MEDIAN = math.log(math.log(2))
-# Steps times learning rate: what the network needs to close as many gates as a budget asks for, against noisy gradients;
-# and how far a shorter search is hurried. Going faster closes more and knows less of what it closes (90 steps on a real
+# Steps times learning rate: what the network needs to close as many gates as a budget asks for, against noise; and how
+# far a shorter search is hurried. Going faster closes more and knows less of what it closes (90 steps on a real
 # model: 13.3 with this, 16.5 with all of the way), while the freeze meets the budget by rank in any case.
 SETTLED, HURRIED = 0.4, 0.15
 # The published rate, and one beyond which a step of a few rows' gradients decides too much.
@@ -82,7 +82,7 @@ class AtpMask(Mask):
         super().__init__(context, options)
         self.options = options
         rate = options.learning_rate or min(max(SLOWEST, HURRIED / max(1, context.phases.search)), FASTEST)
-        self.least_search = math.ceil(SETTLED / rate)
+        self.least_search = math.ceil(SETTLED / (options.learning_rate or SLOWEST))
         arch, planner = context.planner.arch, context.planner
         widths = {site.kind: 1 if site.kind == LAYERS_SITE else site.size for site in self.sites}
         ends = torch.tensor(list(widths.values())).cumsum(0).tolist()

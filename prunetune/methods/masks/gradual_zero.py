@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -44,14 +45,19 @@ class GradualZeroMask(AveragedMask):
     def __init__(self, context: MaskContext, options: GradualZeroOptions):
         super().__init__(context, ScheduleOptions(ramp_share=options.ramp_share), options.decay)
         self._periods = options.periods
-        self.refresh = max(1, int(self.ramp_steps / options.periods))
-        self.fade_steps = float(self.refresh)
+        self.fade_steps = max(1.0, self.ramp_steps / options.periods)  # a period
+
+    def decides(self, searched: int) -> bool:
+        return self._period(searched) > self._period(searched - 1)
+
+    def _period(self, searched: int) -> int:
+        return math.floor(searched / self.fade_steps)
 
     def way(self, step: int) -> float:
         """Equal batches: what has faded when the period that begins after this step is over."""
         searched = step + 1 - self.context.phases.warmup_end
         batches = min(self._periods, int(self.ramp_steps))
-        return min(1.0, (searched // self.refresh + 1) / batches) if searched >= 0 else 0.0
+        return min(1.0, (self._period(searched) + 1) / batches) if searched >= 0 else 0.0
 
     def measure(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert self.context.adapters is not None

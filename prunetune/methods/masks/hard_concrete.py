@@ -38,7 +38,7 @@ class HardConcreteOptions(MethodOptions):
     )
     contrast: float = Field(4.0, gt=0, description="a unit with e times the saliency starts so much higher")
     init: float = Field(2.5, description="mean first logit; 2.5 keeps a gate open with probability 0.98")
-    noise: bool = Field(True, description="sample gates while training; off: expected gates")
+    noise: bool = Field(True, description="sample gates while training; off: the median of each")
 
 
 @MASKS.register("hard_concrete")
@@ -86,7 +86,7 @@ class HardConcreteMask(Mask):
         return {name: gate.detach() for name, gate in self._gates(step).items()}
 
     def eval_gates(self, step: int) -> dict[str, Tensor]:
-        if step < self.context.phases.warmup_end:
+        if step < self.context.phases.warmup_end or not self.options.noise:
             return self.gates(step)
         return {name: _stretch(torch.sigmoid(logit.detach())) for name, logit in self._logits.items()}
 

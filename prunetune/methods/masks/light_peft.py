@@ -14,6 +14,9 @@ from prunetune.methods.masks._free import FreeMask, FreeOptions
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
 
+# Looks in a search. A single step hardly moves a unit to the other side, so looks at every one would settle at once.
+CHECKS = 20
+
 
 class LightPeftOptions(FreeOptions):
     """Options of the light_peft mask."""
@@ -62,9 +65,11 @@ class LightPeftMask(FreeMask):
         changed = 0.0
         if not self._counts[2]:
             self._learn(statistics)
-            changed = self._look()
-            settled = self._counts[1] >= self.options.checks
-            if settled or self.progress(step, self.options.latest) == 1.0:
+            searched = step + 1 - self.context.phases.warmup_end
+            latest = self.progress(step, self.options.latest) == 1.0
+            if latest or searched % max(1, self.context.phases.search // CHECKS) == 0:
+                changed = self._look()
+            if latest or self._counts[1] >= self.options.checks:
                 self._counts[2] = 1
                 self._gates = {name: free.clamp(0.0, 1.0) for name, free in self._free.items()}
         if self._counts[2]:

@@ -20,7 +20,9 @@ CLOSED = 0.01
 class MaskpruneOptions(FreeOptions):
     """Options of the maskprune mask."""
 
-    learning_rate: float = Field(0.005, gt=0, description="the furthest that a gradient moves a mask in a step")
+    learning_rate: float = Field(
+        0.005, gt=0, description="the furthest that a gradient moves a mask; less in a long search"
+    )
     pressure: float = Field(
         0.0, ge=0, description="of the proximal step at first; 0: closes masks to 1% in half of the search"
     )
@@ -51,8 +53,9 @@ class MaskpruneMask(FreeMask):
     def __init__(self, context: MaskContext, options: MaskpruneOptions):
         super().__init__(context, options)
         self.options = options
+        self._rate = min(options.learning_rate, self._longest)
         steps = max(1.0, context.phases.search / 2)
-        self._first = options.pressure or (CLOSED ** (-1 / steps) - 1) / (2 * options.learning_rate)
+        self._first = options.pressure or (CLOSED ** (-1 / steps) - 1) / (2 * self._rate)
         self._pressure = {site.name: torch.tensor(self._first) for site in self.sites}
         self._inside = {site.name: torch.ones(site.size, dtype=torch.bool) for site in self.sites}
 
@@ -60,7 +63,7 @@ class MaskpruneMask(FreeMask):
         return {name: torch.where(self._inside[name], 1.0, gate) for name, gate in super().gates(step).items()}
 
     def learn(self, step: int, statistics: GateStatistics) -> dict[str, float]:
-        rate = self.options.learning_rate
+        rate = self._rate
         for name, grad in unit_gradients(statistics, self._costs).items():
             self._free[name] = (self._free[name] - rate * grad).clamp(0.0, 1.0 + self._spread)
         way = self.progress(step, self.options.ramp_share)

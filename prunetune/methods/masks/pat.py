@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunetune.methods.masks import MASKS, Mask, MaskContext, finite, unit_params
 from prunetune.methods.masks._hybrid import HybridModules
-from prunetune.methods.masks._start import Beginning
+from prunetune.methods.masks._start import Beginning, steady_rate
 from prunetune.methods.options import MethodOptions
 from prunetune.model.fold import Fold
 from prunetune.model.gates import GateStatistics
@@ -23,8 +23,6 @@ from prunetune.model.units import HIDDEN
 PUBLISHED = 10_000
 # Published runs move a number by at most this much (8000 steps of Adam at 5e-5), and no step is longer than FASTEST.
 PATH, SLOWEST, FASTEST = 0.4, 5e-5, 5e-2
-# How much of what tells numbers apart at the start noise may undo in a search.
-NOISE = 0.25
 # The mask is fixed after this share of its schedule, and gates are not closed further than sigmoid(-STEEPEST).
 FIXED, STEEPEST = 0.8, 10.0
 # Scores are exponentials of the numbers; beyond this nothing changes any more.
@@ -82,8 +80,7 @@ class PatMask(Mask):
         self._steps = max(2, context.phases.search)
         rate = options.learning_rate or min(max(SLOWEST, PATH / (FIXED * self._steps)), FASTEST)
         if not options.learning_rate and not self._beginning.over:
-            # Adam goes by a gradient's sign, so noise alone takes a number sqrt(steps) * rate far.
-            rate = min(rate, options.spread * NOISE / self._steps**0.5)
+            rate = min(rate, steady_rate(options.spread, self._steps))
         self._theta = {site.name: torch.zeros(site.size, requires_grad=True) for site in self.sites}
         self._adam = torch.optim.Adam(list(self._theta.values()), lr=rate)
         self._stays = {site.name: torch.ones(site.size) for site in self.sites}

@@ -18,8 +18,10 @@ BISECTIONS = 40
 class PolarizedOptions(FreeOptions):
     """Options of the polarized mask."""
 
-    learning_rate: float = Field(0.05, gt=0, description="a gate whose gradient is average moves so far in a step")
-    strength: float = Field(1.0, ge=0, description="of the push away from the pivot, in average gradients")
+    learning_rate: float = Field(
+        0.05, gt=0, description="the furthest that a gradient moves a gate; less if that would undo the start"
+    )
+    strength: float = Field(1.0, ge=0, description="of the push away from the pivot, times learning_rate")
     ramp_share: float = Field(0.8, gt=0, le=1, description="the budget is reached after this share of the search")
 
 
@@ -55,9 +57,10 @@ class PolarizedMask(FreeMask):
     def learn(self, step: int, statistics: GateStatistics) -> dict[str, float]:
         target = self._target(step)
         pivot = self._pivot(target)
+        rate = min(self.options.learning_rate, self._longest)
         for name, grad in unit_gradients(statistics, self._costs).items():
-            push = self.options.strength * torch.sign(self._free[name] - pivot)
-            self._free[name] = self._free[name] - self.options.learning_rate * (grad - push)
+            push = self.options.strength * self.options.learning_rate * torch.sign(self._free[name] - pivot)
+            self._free[name] = self._free[name] - rate * grad + push
         price = self._hold(target)
         gates = torch.cat([free.clamp(0.0, 1.0) for free in self._free.values()])
         return {"mask_price": price, "mask_half_open": float(((gates > 0.05) & (gates < 0.95)).float().mean())}

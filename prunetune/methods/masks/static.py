@@ -13,6 +13,7 @@ from torch import Tensor
 from prunetune.core.errors import BudgetError, PlanMismatchError
 from prunetune.methods.masks import MASKS, MaskContext, unit_params
 from prunetune.methods.masks._scheduled import ScheduledMask, ScheduleOptions
+from prunetune.methods.options import MethodOptions
 from prunetune.model.budget import Budget, plan_shape
 from prunetune.model.legality import heads_legal
 from prunetune.model.plan import Plan
@@ -20,10 +21,11 @@ from prunetune.model.planner import Planner
 from prunetune.model.units import kind_size, parse_site
 
 
-class StaticOptions(ScheduleOptions):
+class StaticOptions(MethodOptions):
     """Options of the static mask."""
 
     plan: Path = Field(description="the plan.json to follow")
+    fade_share: float = Field(0.2, gt=0, le=1, description="the gates close in this share of the search")
 
 
 @MASKS.register("static")
@@ -35,7 +37,7 @@ class StaticMask(ScheduledMask):
     ranks_hidden = True
 
     def __init__(self, context: MaskContext, options: StaticOptions):
-        super().__init__(context, options)
+        super().__init__(context, ScheduleOptions(fade_share=options.fade_share))
         planner = context.planner
         self._plan = Plan.load(options.plan)
         self._plan.check(planner.arch)
