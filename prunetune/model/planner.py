@@ -112,11 +112,18 @@ class Planner:
             candidates = self.shape_candidates(self.budget.at(self.arch, way), align)
         if not candidates:
             raise BudgetError(self._impossible())
+        return self._cut(table, self._ranked(table, candidates)[0], origin or {})
+
+    def alternatives(self, scores: Mapping[str, Any], most: int) -> list[Plan]:
+        """The best plan of each legal shape inside the budget; of the ``most`` shapes that lose the least score."""
+        table = _Scores(self.arch, scores)
+        return [self._cut(table, shape, {}) for shape in self._ranked(table, self.candidates)[:most]]
+
+    def _ranked(self, table: _Scores, candidates: Iterable[Shape]) -> list[Shape]:
         # Ties (all scores equal, say) go to the larger model, then to the deeper one.
-        best = min(
+        return sorted(
             candidates, key=lambda shape: (table.lost(shape), -self.budget.cost(self.arch, shape), -shape.layers)
         )
-        return self._cut(table, best, origin or {})
 
     def _cut(self, table: _Scores, shape: Shape, origin: Mapping[str, Any]) -> Plan:
         full, kept = full_shape(self.arch), dict[str, tuple[int, ...]]()

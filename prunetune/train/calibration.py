@@ -14,6 +14,23 @@ from prunetune.model.statistics import SecondMoments
 from prunetune.model.surgery import base_model
 
 
+def drawn_rows(trainer: Any, tokens: int, seed: int, purpose: str) -> list[Any]:
+    """Training rows by lot, until they make up so many tokens.
+
+    Args:
+        trainer: holds the prepared rows. tokens: padding aside. seed: of the run. purpose: names the lot.
+    """
+    rows: list[Any] = []
+    done = 0
+    # Row by row, so that where the tokens suffice does not depend on the batch size.
+    for index in stream(seed, purpose).permutation(len(trainer.train_dataset)):
+        if done >= tokens:
+            break
+        rows.append(trainer.train_dataset[int(index)])
+        done += len(rows[-1]["input_ids"])
+    return rows
+
+
 def calibration_batches(trainer: Any, tokens: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """This process's share of the batches; all together are the same rows for any number of processes.
 
@@ -22,14 +39,7 @@ def calibration_batches(trainer: Any, tokens: int, seed: int) -> Iterator[dict[s
         tokens: stop once the rows of all processes make up so many.
         seed: of the run.
     """
-    rows, accelerator = trainer.train_dataset, trainer.accelerator
-    drawn, done = [], 0
-    # Row by row, so that where the tokens suffice does not depend on the batch size.
-    for index in stream(seed, "calibration").permutation(len(rows)):
-        if done >= tokens:
-            break
-        drawn.append(rows[int(index)])
-        done += len(drawn[-1]["input_ids"])
+    drawn, accelerator = drawn_rows(trainer, tokens, seed, "calibration"), trainer.accelerator
     size = trainer.args.per_device_train_batch_size
     for start in range(0, len(drawn), size):
         if (start // size) % accelerator.num_processes == accelerator.process_index:

@@ -5,6 +5,7 @@ The files of a freeze are in freeze.py; when it is due, and what comes before an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import note
-from prunetune.core.errors import ConfigError, PlanMismatchError, Problem
+from prunetune.core.errors import ConfigError, DataError, PlanMismatchError, Problem, UnsupportedModelError
 from prunetune.methods.compensation import build_compensation
 from prunetune.model.architecture import Architecture, describe
 from prunetune.model.budget import Shape, describe_kept, full_shape, plan_shape, total_params
@@ -44,6 +45,7 @@ from prunetune.train.joint import JointSearch, hard_gates, hidden_refusals, mask
 from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
 from prunetune.train.ranks import rank_refusals
 from prunetune.train.selecting import SelectingTrainer
+from prunetune.train.shape_trial import trial_losses
 
 
 class FreezingTrainer(SelectingTrainer):
@@ -128,6 +130,26 @@ class FreezingTrainer(SelectingTrainer):
                 f"{checkpoint} follows another plan than the one in {self.freeze_dir}; the folder holds more than one "
                 "run. Resume from a checkpoint of the run that made the freeze, or from one before it"
             )
+
+    def _try_shapes(self, search: JointSearch, step: int) -> None:
+        """Tries the plans that the mask has for this moment on training rows, and lets it settle on the best."""
+        plans = search.trial(step)
+        if not plans:
+            return
+        assert self.prune is not None
+        shapes = [plan_shape(self.dense, plan) for plan in plans]
+        if not hasattr(self.train_dataset, "__len__"):
+            note(f"shape by scores, {shapes[0]}: trying shapes draws rows by lot, which streamed rows do not allow")
+            return
+        try:
+            losses = trial_losses(self, search.gate_set, self.planner, plans, self.prune.seed)
+        except (DataError, UnsupportedModelError) as error:
+            note(f"shape by scores, {shapes[0]}: shapes cannot be tried, {error}")
+            return
+        best = min(range(len(plans)), key=lambda number: (not math.isfinite(losses[number]), losses[number], number))
+        search.mask.settle(plans[best])
+        found = ", ".join(f"{shape} {loss:.2f}" for shape, loss in zip(shapes, losses))
+        note(f"step {step}: shapes tried on training rows, nats a token before anything is made up for: {found}")
 
     def _freeze(self, checkpoint: Path) -> None:
         """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""

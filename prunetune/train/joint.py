@@ -64,6 +64,7 @@ class JointSearch:
             base_model(model), planner.sites, record_squares=self.mask.record_squares, recompute=recompute
         )
         self.gate_set.attach()
+        self._tried = -1  # the step before which plans were asked for last
         self.ranks = RankSearch(model, planner.arch, prune, phases)
 
     @property
@@ -74,6 +75,11 @@ class JointSearch:
     def phase(self, step: int) -> str:
         """``warmup`` or ``search``: what optimizer step ``step`` (0-based) belongs to."""
         return "warmup" if step < self.phases.warmup_end else "search"
+
+    def trial(self, step: int) -> list[Plan]:
+        """Plans to be tried before step ``step``, which ``settle`` then hears about; asked for once."""
+        plans, self._tried = [] if self._tried == step else self.mask.trial(step), step
+        return plans if len(plans) > 1 else []
 
     def begin_step(self, step: int) -> None:
         """Sets the gates for all micro-batches of optimizer step ``step``."""

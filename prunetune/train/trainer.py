@@ -212,8 +212,9 @@ class JointTrainer(DistillingTrainer):
         self._search.begin_step(state.global_step)
 
     def begin_step(self, step: int) -> None:
-        """Sets the gates of an optimizer step."""
+        """Sets the gates of an optimizer step, and before the search's first one the shape that they move to."""
         if self._search is not None:
+            self._try_shapes(self._search, step)
             self._search.begin_step(step)
 
     def before_optimizer_step(self, step: int) -> None:

@@ -81,9 +81,15 @@ def statistics(mask: Mask, seed: int, scale: float = 1.0) -> GateStatistics:
 
 
 def run(mask: Mask, first: int, last: int) -> list[dict[str, Tensor]]:
-    """Steps first .. last - 1 on made-up statistics; returns the gates of each."""
+    """Steps first .. last - 1 on made-up statistics; returns the gates of each.
+
+    Where shapes are to be tried, the one with the worst score wins: not the one that the mask takes by itself.
+    """
     history = []
     for step in range(first, last):
+        plans = mask.trial(step)
+        if len(plans) > 1:
+            mask.settle(plans[-1])
         history.append({name: gate.clone() for name, gate in mask.gates(step).items()})
         mask.after_backward(step, statistics(mask, step))
         mask.after_step(step, 1e-3)

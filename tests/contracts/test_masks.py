@@ -92,6 +92,35 @@ def test_all_gates_are_open_in_warm_up(name, units, tmp_path):
         fresh.after_backward(step, statistics(fresh, step))
 
 
+@by_units
+@by_name
+def test_the_shape_that_did_best_in_the_trial_is_kept(name, units, tmp_path):
+    mask = make(name, tmp_path, context(units))
+    planner = mask.context.planner
+    run(mask, 0, PHASES.warmup_end)
+    plans = mask.trial(PHASES.warmup_end)
+    shapes = [plan_shape(planner.arch, plan) for plan in plans]
+    assert len(set(shapes)) == len(shapes) <= 4
+    assert set(shapes) <= set(planner.candidates)
+    assert bool(shapes) == (name in SCHEDULED and name != "static")
+    if not shapes:
+        return
+    assert plans[0].kept == planner.plan(mask.scores()).kept, "first the one that the scores suggest"
+    assert not any(mask.trial(step) for step in range(PHASES.freeze) if step != PHASES.warmup_end)
+    assert make(name, tmp_path, context(units), shape="scored").trial(PHASES.warmup_end) == []
+    for number, wanted in enumerate(shapes):
+        again = make(name, tmp_path, context(units))
+        run(again, 0, PHASES.warmup_end)
+        again.settle(again.trial(PHASES.warmup_end)[number])
+        for step in range(PHASES.warmup_end, PHASES.freeze):
+            again.gates(step)
+            again.after_backward(step, statistics(again, step))
+        assert plan_shape(planner.arch, again.plan({})) == wanted
+        restored = make(name, tmp_path, context(units))
+        restored.load_state_dict(snapshot(again))
+        assert restored.plan({}).kept == again.plan({}).kept
+
+
 @by_name
 def test_without_warm_up_the_first_step_is_already_search(name, tmp_path):
     mask = make(name, tmp_path, context(phases=PhaseSteps(0, 6, 8)))

@@ -97,6 +97,13 @@ class Mask(ABC):
             step: as in ``gates``. learning_rate: of the adapters in that step.
         """
 
+    def trial(self, step: int) -> list[Plan]:
+        """Plans of different shapes that are to be tried on training rows before step ``step``; mostly none."""
+        return []
+
+    def settle(self, plan: Plan) -> None:  # noqa: B027 - for masks that have a trial
+        """Takes the shape of the plan that did best in the trial."""
+
     def own_gradients(self) -> dict[str, Tensor]:
         """name -> gradient, since the last call, of tensors that the mask has put on the model's path; they come back
         in ``statistics.grad``, the same on all ranks."""

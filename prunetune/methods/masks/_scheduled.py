@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import astuple
-from typing import Any, ClassVar
+from dataclasses import astuple, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,21 @@ from prunetune.model.budget import Shape, full_shape, plan_shape
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
 
+# Shapes in a trial, those that lose the least score: with layers or the hidden width there are hundreds.
+MOST_TRIED = 4
 
-class ScheduleOptions(MethodOptions):
-    """How fast gates close."""
+
+class ShapeOptions(MethodOptions):
+    """What the widths are to be in the end."""
+
+    shape: Literal["tried", "scored"] = Field(
+        "tried",
+        description="which legal widths: tried on training rows when the warm-up ends, or by the score that leaves",
+    )
+
+
+class ScheduleOptions(ShapeOptions):
+    """How fast gates close, and how far."""
 
     fade_share: float = Field(0.2, gt=0, le=1, description="a gate needs this share of the search to close or open")
     ramp_share: float = Field(0.8, gt=0, le=1, description="the budget is reached after this share of the search")
@@ -34,6 +46,10 @@ class ScheduledMask(Mask):
     The budget on the way follows 1 - (1 - p)^3 (Zhu & Gupta, arXiv 1710.01878): fast early, slow late. Each step
     moves every gate by a fixed amount toward the current plan (0 or 1), so a closed unit may reopen until the
     freeze if its score recovers.
+
+    Scores of units add up, what many removed units cost together does not, so sums of scores say little about how much
+    attention is worth how many MLP channels. Legal shapes are few: when the warm-up is over, each is tried on training
+    rows, and the best is what the widths move to.
     """
 
     Options: ClassVar[type[MethodOptions]] = ScheduleOptions
@@ -44,11 +60,27 @@ class ScheduledMask(Mask):
         self.refresh = options.refresh
         self.ramp_steps = max(1.0, options.ramp_share * search)  # until the budget is reached
         self.fade_steps = max(1.0, options.fade_share * search)  # until a gate has closed
-        self._gates = {site.name: torch.ones(site.size) for site in self.sites}
-        self._target = {site.name: torch.ones(site.size) for site in self.sites}
+        self._gates, self._target = self._open(), self._open()
+        self._tried = options.shape == "tried"
+        self._final: Shape | None = None  # the shape to end with, once that is settled
 
     @abstractmethod
     def scores(self) -> dict[str, Tensor]: ...
+
+    def trial(self, step: int) -> list[Plan]:
+        # Without a warm-up nothing is known about units yet.
+        if not self._tried or step == 0 or step != self.context.phases.warmup_end:
+            return []
+        return self.context.planner.alternatives(self.scores(), MOST_TRIED)
+
+    def settle(self, plan: Plan) -> None:
+        self._final = plan_shape(self.context.planner.arch, plan)
+        # The warm-up's last step decided already, towards the shape that the scores alone suggest.
+        self._gates, self._target = self._open(), self._open()
+        self._decide(self.context.phases.warmup_end - 1)
+
+    def _open(self) -> dict[str, Tensor]:
+        return {site.name: torch.ones(site.size) for site in self.sites}
 
     def way(self, step: int) -> float:
         """How far from dense (0) to the budget (1) the gates should be heading at this step."""
@@ -65,6 +97,10 @@ class ScheduledMask(Mask):
         if not finite(statistics):
             return {}
         self.observe(step, statistics)
+        return self._decide(step)
+
+    def _decide(self, step: int) -> dict[str, float]:
+        """Takes the plan of after this step, if one is due, and moves the gates; returns metrics."""
         searched = step + 1 - self.context.phases.warmup_end
         if searched < 0:
             return {}
@@ -101,7 +137,16 @@ class ScheduledMask(Mask):
 
     def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
         """site -> units that stay at this part of the way."""
-        return self.context.planner.plan(self.scores(), way=way, aligned=way == 1.0).kept
+        planner = self.context.planner
+        if self._final is None:
+            return planner.plan(self.scores(), way=way, aligned=way == 1.0).kept
+        full = replace(full_shape(planner.arch), hidden=planner.arch.hidden_size if self._final.hidden else 0)
+        pairs = zip(astuple(full), astuple(self._final))
+        widths = (now - round(way * (now - last)) for now, last in pairs)
+        return planner.plan(self.scores(), shape=Shape(*widths)).kept
+
+    def plan(self, origin: Mapping[str, Any]) -> Plan:
+        return self.context.planner.plan(self.scores(), shape=self._final, origin=origin)
 
     def _move(self) -> None:
         step = 1.0 / self.fade_steps
@@ -111,23 +156,21 @@ class ScheduledMask(Mask):
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"gate.{name}": gate for name, gate in self._gates.items()}
-        return {**state, **{f"target.{name}": target for name, target in self._target.items()}}
+        final = torch.tensor(astuple(self._final) if self._final else (), dtype=torch.int64)
+        return {**state, **{f"target.{name}": target for name, target in self._target.items()}, "final": final}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._gates = {name: state[f"gate.{name}"].clone() for name in self._gates}
         self._target = {name: state[f"target.{name}"].clone() for name in self._target}
+        self._final = Shape(*state["final"].tolist()) if state["final"].numel() else None
 
 
 class LastingMask(ScheduledMask):
     """Base of the masks whose closed units stay closed.
 
-    The final shape is chosen at the first decision and every width falls steadily to its own: were the shape chosen
-    anew, a group that leaves would make room for channels that had left before.
+    The final shape is settled at the first decision at the latest, and every width falls steadily to its own: were the
+    shape chosen anew, a group that leaves would make room for channels that had left before.
     """
-
-    def __init__(self, context: MaskContext, options: ScheduleOptions):
-        super().__init__(context, options)
-        self._final = full_shape(context.planner.arch)
 
     @abstractmethod
     def importance(self) -> dict[str, Tensor]:
@@ -138,20 +181,6 @@ class LastingMask(ScheduledMask):
         return {name: score * self._target[name] for name, score in self.importance().items()}
 
     def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
-        planner = self.context.planner
-        full = full_shape(planner.arch)
-        if self._final == full:
-            self._final = plan_shape(planner.arch, planner.plan(self.scores()))
-        widths = (now - math.floor(way * (now - last)) for now, last in zip(astuple(full), astuple(self._final)))
-        return planner.plan(self.scores(), shape=Shape(*widths)).kept
-
-    def plan(self, origin: Mapping[str, Any]) -> Plan:
-        shape = None if self._final == full_shape(self.context.planner.arch) else self._final
-        return self.context.planner.plan(self.scores(), shape=shape, origin=origin)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {**super().state_dict(), "final": torch.tensor(astuple(self._final))}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._final = Shape(*state["final"].tolist())
+        if self._final is None:
+            self._final = plan_shape(self.context.planner.arch, self.context.planner.plan(self.scores()))
+        return super().aim_plan(way)
