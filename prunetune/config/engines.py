@@ -94,7 +94,7 @@ FEATURES: dict[str, Feature] = {
         },
         "set train.bf16: true",
     ),
-    "masks that read the adapters": Feature("mask: lora_gradient, atp, apt, gradual_zero"),
+    "masks that read the adapters": Feature("mask: lora_gradient, atp, apt, gradual_zero, pat"),
     "masks that leave the adapters alone in some steps, beside modules trained whole": Feature(
         "mask: atp with modules_to_save",
         {engine: "{engine} counts the same steps for all that is trained" for engine in ("zero2", "zero3")},

@@ -121,6 +121,8 @@ class AdapterView:
         changing: Changing = changing,
     ):
         self.changing = changing
+        # Beside the factors there may be modules that are trained whole, and biases.
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         base, family = base_model(model), arch.family
         owners: dict[tuple[int, str], list[Owner]] = {}
         for site in sites:

@@ -17,6 +17,7 @@ from prunetune.config.schema import PruneConfig
 from prunetune.core.console import note
 from prunetune.core.errors import ConfigError, DataError, PlanMismatchError, Problem, UnsupportedModelError
 from prunetune.methods.compensation import build_compensation
+from prunetune.methods.masks import MASKS
 from prunetune.model.architecture import Architecture, describe
 from prunetune.model.budget import Shape, describe_kept, full_shape, plan_shape, total_params
 from prunetune.model.divergence import mean_kl
@@ -41,6 +42,7 @@ from prunetune.train.freeze import (
     load_updates,
     write_freeze,
 )
+from prunetune.train.held_out import HeldOutRows
 from prunetune.train.joint import JointSearch, hard_gates, hidden_refusals, mask_refusals
 from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
 from prunetune.train.ranks import rank_refusals
@@ -81,6 +83,7 @@ class FreezingTrainer(SelectingTrainer):
         self.plan: Plan | None = None
         self._updates: dict[str, Tensor] | None = None  # of a cut that has no freeze folder
         self._search: JointSearch | None = None
+        self._held_out: HeldOutRows | None = None
         self._evaluate_at_freeze = evaluate_at_freeze
         if prune is None:
             return
@@ -88,6 +91,8 @@ class FreezingTrainer(SelectingTrainer):
         self._refuse(optimizer)
         self.planner = Planner(self.dense, prune.target, dtype)
         require_cuttable(self.model, self.planner.candidates)
+        share = MASKS.get(prune.mask.method).held_out(prune.mask.options())
+        self._held_out = HeldOutRows(self, share, prune.seed) if share else None
         self.compensation = build_compensation(prune.compensation.method, prune.compensation.options())
         if self.compensation.tokens and not hasattr(self.train_dataset, "__len__"):
             why = "calibration rows are drawn by lot, which streamed rows do not allow; load them, or set none"
@@ -107,6 +112,15 @@ class FreezingTrainer(SelectingTrainer):
     def shape(self) -> Shape:
         """The model's uniform widths now."""
         return full_shape(self.dense) if self.plan is None else plan_shape(self.dense, self.plan)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As in SelectingTrainer; steps in which the mask learns alone are made of the rows held out for it."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._held_out and batches and self._search and self._search.mask.on_held_out(self.state.global_step):
+            batches = self._held_out.batches(self.state.global_step, len(batches))
+            self._micro_batches.clear()
+            count = self._get_num_items_in_batch(batches, device)
+        return batches, count
 
     def _adopt(self, checkpoint: Path) -> None:
         """Brings the live model into the shape that a checkpoint has."""

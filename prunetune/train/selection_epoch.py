@@ -88,26 +88,24 @@ class EpochLosses:
             weights: id -> weight of the rows that do not weigh 1.
         """
 
-        def take(module: Any, inputs: Any, output: Any) -> Any:
-            return self._take(output, rows, weights)
-
-        handle = model.register_forward_hook(take)
+        handles = [
+            # First of all, before others mix something else into the losses; last of all, what they made weighs too.
+            model.register_forward_hook(lambda module, inputs, output: self._take(output, rows), prepend=True),
+            model.register_forward_hook(lambda module, inputs, output: _weighed(output, rows, weights)),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
-    def _take(self, output: Any, rows: Sequence[Row], weights: Mapping[str, float]) -> Any:
+    def _take(self, output: Any, rows: Sequence[Row]) -> None:
         losses_BS, mask_BS = -output.log_probs, output.label_mask
         row_BS = _row_of_place(rows, losses_BS)
         counted = torch.stack([losses_BS.detach().float(), mask_BS.float()])
         sums = torch.zeros(2, len(rows) + 1, device=losses_BS.device)
         sums.index_add_(1, row_BS.flatten(), counted.flatten(1))
         self._seen.append(([row.id for row in rows], sums[:, :-1]))
-        if not any(row.id in weights for row in rows):
-            return output
-        weight = torch.tensor([*(weights.get(row.id, 1.0) for row in rows), 1.0], device=losses_BS.device)
-        return dataclasses.replace(output, log_probs=output.log_probs * weight[row_BS])
 
     def flush(self) -> None:
         """Brings what all processes saw into the table; a collective call."""
@@ -138,6 +136,14 @@ class EpochLosses:
             name: RowChoice(keep, reason, value, weight=weight)
             for name, (keep, reason, value, weight) in state["verdicts"].items()
         }
+
+
+def _weighed(output: Any, rows: Sequence[Row], weights: Mapping[str, float]) -> Any:
+    """The output with every row's losses times the row's weight."""
+    if not any(row.id in weights for row in rows):
+        return output
+    weight = torch.tensor([*(weights.get(row.id, 1.0) for row in rows), 1.0], device=output.log_probs.device)
+    return dataclasses.replace(output, log_probs=output.log_probs * weight[_row_of_place(rows, output.log_probs)])
 
 
 def _row_of_place(rows: Sequence[Row], losses_BS: Tensor) -> Tensor:

@@ -157,3 +157,4 @@ def test_apt_moves_ranks_from_the_less_salient_half_to_the_other():
     found = decided("apt", {"kept": "200%", "moved": 0}, *given)
     assert found == {"a": ((0, 1), 4), "b": ((0, 1), 0), "c": ((0, 1), 4), "d": ((0, 1), 0)}
     assert decided("apt", {"kept": "400%", "most": 3}, *given)["a"] == ((0, 1), 4)
+    assert decided("apt", {"kept": "400%", "most": 2.75}, *given)["a"] == ((0, 1), 3), "never beyond"

@@ -110,9 +110,11 @@ def test_small_adapters_that_zero3_keeps_whole_are_pulled_too(alone: Any, tmp_pa
     require_same_trajectory(found, tmp_path / "run", alone("delta", **asked))
 
 
-@pytest.mark.parametrize("mask", ["lora_gradient", "gradual_zero", "atp", "apt"])
+@pytest.mark.parametrize(
+    "mask", ["lora_gradient", "gradual_zero", "atp", "apt", "light_peft", "maskprune", "polarized"]
+)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_masks_that_read_the_adapters_decide_the_same(engine: str, mask: str, alone: Any, tmp_path: Path) -> None:
+def test_every_mask_decides_the_same(engine: str, mask: str, alone: Any, tmp_path: Path) -> None:
     found = start(tmp_path / "run", mask=mask, **ENGINES[engine])
     require_got(found, engine)
     require_same_trajectory(found, tmp_path / "run", alone(mask, mask=mask))

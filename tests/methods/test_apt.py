@@ -58,6 +58,14 @@ def test_sixteen_events_on_the_way_unless_told_otherwise():
     assert make(refresh=5).refresh == 5
 
 
+def test_kurtosis_is_looked_at_whenever_it_is_decided():
+    """Also by the last decision of a search that is shorter than ``refresh``."""
+    mask = make(refresh=50)
+    for step in range(PHASES.freeze):
+        mask.after_backward(step, flat(mask))
+    assert any(bool(t.any()) for name, t in mask.state_dict().items() if name.startswith("outliers."))
+
+
 def test_a_unit_whose_weights_have_outliers_survives_only_with_the_kurtosis():
     kept = {}
     for with_it in (True, False):

@@ -99,14 +99,27 @@ def test_kept_fraction_of_a_plan_is_the_plans():
 def test_in_turns_a_step_teaches_the_network_or_the_adapters():
     mask = make(alternate=True)
     factors = [factor for linear in mask.context.adapters.linears for factor in linear.factors()[:2]]
+    beside = torch.nn.Parameter(torch.zeros(3))  # as a module that is trained whole, or a bias
+    mask.context.adapters.trained.append(beside)
     for step in range(4):
+        beside.grad = torch.ones(3)
         before = [parameter.detach().clone() for parameter in mask.parameters()]
         gates = torch.cat(list(mask.gates(step).values()))
         mask.after_backward(step, statistics(mask, step))
         network_moved = any(not torch.equal(old, new) for old, new in zip(before, mask.parameters()))
         assert network_moved == (step % 2 == 0)
-        assert all((factor.grad is None) == (step % 2 == 0) for factor in factors)
+        assert all((parameter.grad is None) == (step % 2 == 0) for parameter in [*factors, beside])
+        assert mask.on_held_out(step) == (step % 2 == 0)
         assert bool(((gates > 0) & (gates < 1)).any()) == (step % 2 == 0), "soft for the network, hard for the adapters"
+
+
+def test_rows_are_held_out_only_in_turns_and_not_in_the_warm_up():
+    kind = type(make())
+    assert kind.held_out({}) == kind.held_out({"held_out": "20%"}) == 0
+    assert kind.held_out({"alternate": True, "held_out": "20%"}) == 0.2
+    assert not any(make().on_held_out(step) for step in range(4))
+    late = make(phases=PhaseSteps(2, 6, 8), alternate=True)
+    assert [late.on_held_out(step) for step in range(6)] == [False, False, True, False, True, False]
 
 
 def test_the_proximal_step_takes_its_amount_off_each_groups_joint_norm():
@@ -162,5 +175,7 @@ def test_a_short_search_learns_faster_unless_a_rate_is_set():
     short = make(phases=PhaseSteps(10, 40, 80))
     assert rate(short) == pytest.approx(5e-3)
     assert short.least_search == 400, "a warning, the same for every search: gates do not settle in 30 steps"
+    assert rate(make(phases=PhaseSteps(10, 40, 80), alternate=True)) == 1e-2, "the network has half of the steps"
+    assert make(phases=PhaseSteps(10, 40, 80), alternate=True).least_search == 800
     set_by_hand = make(phases=PhaseSteps(10, 60, 80), learning_rate=1e-2)
     assert set_by_hand.least_search == 40, "no warning: 50 steps are enough at this one"

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from prunetune.config.presets import PhaseSteps
-from prunetune.methods.masks import build_mask, gated_budget
+from prunetune.methods.masks import budget_fraction, build_mask, kept_fraction
 from prunetune.methods.masks._free import unit_gradients
 from prunetune.model.budget import plan_shape
 from prunetune.model.gates import GateStatistics
-from tests.contracts.masks import context
+from tests.contracts.masks import ALL_KINDS, context
 
 PHASES = PhaseSteps(2, 42, 60)
 UNITS = ("mlp_channels", "kv_groups")
@@ -43,33 +43,34 @@ def test_gradients_count_per_parameter_and_by_their_size_over_all_units():
 def test_a_polarized_step_is_gradient_push_and_one_price_for_the_budget():
     mask = make("polarized", ("mlp_channels",), strength=0.5, learning_rate=0.1)
     state = mask.state_dict()
-    for name in free(mask):
-        state[f"free.{name}"] = torch.linspace(0.2, 1.0, 64)
+    start = torch.linspace(0.2, 1.0, 192).reshape(64, 3).T
+    for layer, name in enumerate(free(mask)):
+        state[f"free.{name}"] = start[layer].clone()
     mask.load_state_dict(state)
     given = drawn(mask, 0)
     price = mask.after_backward(20, given)["mask_price"]
     grads = torch.stack(list(given.grad.values()))
-    start = torch.linspace(0.2, 1.0, 64).expand(3, 64)
-    target = 1 - (1 - gated_budget(mask.context.planner)) * 19 / 32
-    ranked, above = start.flatten().sort(descending=True).values, int(target * 192)
+    target = 1 - (1 - budget_fraction(mask.context.planner)) * 19 / 32
+    # Attention, which has no gates here, is open.
+    attention, channel = 3 * 2 * 8 * 48 * 3, 3 * 48
+    gated = (target * (attention + 64 * channel) - attention) / (64 * channel)
+    ranked, above = start.flatten().sort(descending=True).values, int(gated * 192)
     pivot = (ranked[above - 1] + ranked[above]) / 2
     moved = start - 0.1 * ((grads / grads.square().mean().sqrt()).clamp(-1, 1) - 0.5 * torch.sign(start - pivot))
     found = torch.stack(list(free(mask).values()))
     torch.testing.assert_close(found, (moved - price).clamp(-1, 2), rtol=1e-4, atol=1e-5)
-    assert float(torch.cat(list(mask.gates(21).values())).mean()) == pytest.approx(target, abs=1e-4)
+    assert float(torch.cat(list(mask.gates(21).values())).mean()) == pytest.approx(gated, abs=1e-4)
 
 
-def test_polarized_gates_end_apart_at_the_budget():
-    mask = make("polarized", strength=3.0)
+@pytest.mark.parametrize("units", [UNITS, ("mlp_channels", "layers"), ALL_KINDS], ids="+".join)
+def test_polarized_gates_end_apart_at_the_budget(units):
+    """Also where units lie within others, so that what their gates let through multiplies."""
+    mask = make("polarized", units, strength=3.0)
     for step in range(PHASES.freeze):
         found = mask.after_backward(step, drawn(mask, step))
     assert found["mask_half_open"] < 0.15
-    gates = mask.gates(PHASES.freeze)
-    costs = {"mlp_channels": 3 * 48, "kv_groups": 2 * 8 * 48 * 3}
-    open_, all_ = (
-        sum(costs[n.rpartition(".")[2]] * float(f(g)) for n, g in gates.items()) for f in (torch.sum, torch.numel)
-    )
-    assert open_ / all_ == pytest.approx(gated_budget(mask.context.planner), abs=1e-3)
+    planner = mask.context.planner
+    assert float(kept_fraction(planner, mask.gates(PHASES.freeze))) == pytest.approx(budget_fraction(planner), abs=1e-3)
 
 
 def test_without_the_push_gates_stay_half_open():

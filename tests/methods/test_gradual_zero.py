@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -64,6 +66,21 @@ def test_each_period_fades_its_batch_linearly_and_for_good():
     batches = closed[PHASES.warmup_end + 3 :: 4][:10].diff()
     assert int(batches.max() - batches.min()) <= 3, "equal batches, rounded in three layers"
     assert torch.equal(gates[44], gates[-1]), "then it rests"
+
+
+@pytest.mark.parametrize("search", [5, 16, 50])
+def test_batches_are_equal_without_a_warm_up_too(search):
+    """The first period then only looks, so there is one batch less."""
+    phases = PhaseSteps(0, search, 200)
+    mask = build_mask("gradual_zero", {}, with_adapters(context(("mlp_channels",), phases)))
+    aimed = [0]
+    for step in range(phases.freeze):
+        mask.after_backward(step, statistics(mask, step))
+        aimed.append(int(sum((target == 0).sum() for target in mask._target.values())))
+    assert aimed[-1] == sum((~stays).sum() for stays in kept_masks(mask))
+    batches = [new - old for old, new in itertools.pairwise(aimed) if new > old]
+    assert len(batches) == min(10, int(0.8 * search)) - 1
+    assert max(batches) - min(batches) <= 3, "equal batches, rounded in three layers"
 
 
 @pytest.mark.parametrize("search", [3, 16, 24, 30, 57, 110])

@@ -11,11 +11,12 @@ import pytest
 import torch
 from trl import SFTTrainer
 
+from prunetune.config.schema import DistillConfig, PhaseConfig
 from prunetune.methods.samples import build_samples
 from prunetune.model.score_table import ScoreTable
 from prunetune.train.selecting import SelectingTrainer
 from prunetune.train.selection_epoch import EpochLosses
-from tests.train.joint_runs import joint_trainer, rows
+from tests.train.joint_runs import joint_trainer, prune_config, rows
 from tests.train.selecting_runs import decisions, plain_trainer, select
 
 
@@ -103,6 +104,28 @@ def test_losses_are_those_of_the_training_forward(
     assert table._losses.keys() == scored.keys()
     for name, found in scored.items():
         assert table._losses[name] == pytest.approx(float(found.tokens["nll"].mean()), rel=1e-5)
+
+
+def test_losses_are_the_models_also_where_it_distils(tmp_path: Path) -> None:
+    """The loss that is trained with is then half a divergence, on another scale."""
+    found = []
+    for weight in (0.0, 0.9):
+        prune = prune_config(distill=DistillConfig(weight=weight), phases=PhaseConfig(warmup=0.4, search=0.2))
+        # The gates close after the search's first step, which both runs take with the same weights.
+        args = {"max_steps": 5, "save_steps": 5}
+        trainer = joint_trainer(tmp_path / str(weight), prune=prune, args=args, select=select("infobatch"))
+        seen = []
+        take = trainer._losses._take
+
+        def watch(output: Any, rows: Any, take: Any = take, seen: list[Any] = seen, trainer: Any = trainer) -> Any:
+            result = take(output, rows)
+            seen.append((trainer.state.global_step, trainer._losses._seen[-1][1][0].tolist()))
+            return result
+
+        trainer._losses._take = watch
+        trainer.train()
+        found.append([losses for step, losses in seen if step <= 2])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "padding_free"), [(6, 1, False), (2, 3, False), (3, 2, True)])

@@ -104,6 +104,15 @@ class Mask(ABC):
     def settle(self, plan: Plan) -> None:  # noqa: B027 - for masks that have a trial
         """Takes the shape of the plan that did best in the trial."""
 
+    @classmethod
+    def held_out(cls, options: Mapping[str, Any]) -> float:
+        """Share of the training rows that the adapters never see, with these options; mostly 0."""
+        return 0.0
+
+    def on_held_out(self, step: int) -> bool:
+        """Whether step ``step`` runs on such rows."""
+        return False
+
     def own_gradients(self) -> dict[str, Tensor]:
         """name -> gradient, since the last call, of tensors that the mask has put on the model's path; they come back
         in ``statistics.grad``, the same on all ranks."""
@@ -175,32 +184,27 @@ def kept_fraction(planner: Planner, gates: Mapping[str, Tensor]) -> Tensor:
         planner: of the model. gates: site -> (U,) gates on the CPU; kinds without gates are open.
     """
     arch, costs = planner.arch, unit_params(planner)
+
+    def gates_of(kind: str, size: int) -> Tensor:
+        names = [site_name(layer, kind) for layer in range(arch.layers)]
+        return torch.stack([gates[name] for name in names]) if names[0] in gates else torch.ones(arch.layers, size)
+
+    groups_LK = gates_of("kv_groups", arch.kv_groups)
+    heads_LH = gates_of("query_heads", arch.query_heads) * groups_LK.repeat_interleave(arch.queries_per_group, dim=1)
+    channels_LF = gates_of("mlp_channels", arch.mlp_channels)
     of_group = costs["kv_groups"] - arch.queries_per_group * costs["query_heads"]  # its key and value head
-    kept = torch.zeros(())
-    for layer in range(arch.layers):
-        groups_K = gates.get(site_name(layer, "kv_groups"), torch.ones(arch.kv_groups))
-        heads_H = gates.get(site_name(layer, "query_heads"), torch.ones(arch.query_heads))
-        heads_H = heads_H * groups_K.repeat_interleave(arch.queries_per_group)
-        channels_F = gates.get(site_name(layer, "mlp_channels"), torch.ones(arch.mlp_channels))
-        inner = of_group * groups_K.sum() + costs["query_heads"] * heads_H.sum()
-        inner = inner + costs["mlp_channels"] * channels_F.sum()
-        kept = kept + (gates[LAYERS_SITE][layer] * inner if LAYERS_SITE in gates else inner)
+    kept_L = of_group * groups_LK.sum(1) + costs["query_heads"] * heads_LH.sum(1)
+    kept_L = kept_L + costs["mlp_channels"] * channels_LF.sum(1)
+    if LAYERS_SITE in gates:
+        kept_L = kept_L * gates[LAYERS_SITE]
     open_ = gates[HIDDEN].mean() if HIDDEN in gates else 1.0
-    return open_ * kept / (arch.layers * costs["layers"])
+    return open_ * kept_L.sum() / (arch.layers * costs["layers"])
 
 
 def budget_fraction(planner: Planner) -> float:
     """The decoder fraction that the largest shape inside the budget keeps."""
     arch = planner.arch
     return max(decoder_params(arch, shape) for shape in planner.candidates) / decoder_params(arch, full_shape(arch))
-
-
-def gated_budget(planner: Planner) -> float:
-    """The fraction of the gated units' parameters that the largest shape inside the budget keeps."""
-    arch, costs = planner.arch, unit_params(planner)
-    full = decoder_params(arch, full_shape(arch))
-    gated = sum(costs[site.kind] * site.size for site in planner.sites)
-    return max(0.0, 1.0 - full * (1 - budget_fraction(planner)) / gated)
 
 
 def unit_params(planner: Planner) -> dict[str, float]:

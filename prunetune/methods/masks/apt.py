@@ -21,7 +21,7 @@ EVENTS = 16
 class AptOptions(ScheduleOptions):
     """Options of the apt mask."""
 
-    refresh: int = Field(0, ge=0, description="decide anew every so many steps; 0: 16 times on the way to the budget")
+    refresh: int = Field(0, ge=0, description="decide anew every so many steps; 0: up to 16 times on the way")
     decay: float = Field(0.85, ge=0, lt=1, description="of the running mean of saliences")
     kurtosis: bool = Field(True, description="add the root of the excess kurtosis of a unit's output weights")
 
@@ -59,7 +59,7 @@ class AptMask(ScheduledMask):
             salience = (self._gates[name] * statistics.grad[name].cpu()).square()
             self._mean[name] = decay * mean + (1 - decay) * salience
         searched = step + 1 - self.context.phases.warmup_end
-        if self._apt.kurtosis and searched >= 0 and searched % self.refresh == 0:
+        if self._apt.kurtosis and searched >= 0 and self.decides(searched):
             assert self.context.adapters is not None
             self._outliers = {
                 name: found.clamp(min=0).sqrt() for name, found in kurtosis(self.context.adapters).items()

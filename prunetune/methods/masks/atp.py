@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from prunetune.config.schema import Fraction
 from prunetune.core.streams import stream
 from prunetune.methods.masks import (
     MASKS,
@@ -51,6 +52,9 @@ class AtpOptions(MethodOptions):
     tolerance: float = Field(0.005, ge=0, description="log-ratio below which it does not pull")
     clip: float = Field(3.0, gt=0, description="largest norm of the network's gradient [1.0]")
     alternate: bool = Field(False, description="in turns: a step's rows teach the network alone, or the adapters alone")
+    held_out: Fraction = Field(
+        0.1, gt=0, lt=1, description="share of the training rows that teach the network alone; only with alternate"
+    )
     shrink: float = Field(50000.0, ge=0, description="final strength of the pull on closed units' adapters; 0: none")
 
 
@@ -66,10 +70,10 @@ class AtpMask(Mask):
     Differences: units are whole KV groups and MLP channels (single Q/K dimensions do not commute with rotary
     embeddings); a gate closes base and adapter alike, so that nothing leaks and no lasso is needed for exactness; the
     ratio has a dead zone, where it would only chatter. By default one pass teaches network and adapters on the same
-    rows, which costs nothing; with ``alternate`` each step's rows teach one of them: the network with soft gates, then
-    the adapters with hard ones. The second version's proximal step shrinks the adapters of closed units as one group
-    by learning rate * strength * the site's share of all closed ones. Its smoothing over time is left out: weights
-    that add up to 1.1 let all logits drift upward.
+    rows, which costs nothing; with ``alternate`` each step teaches one of them: the network with soft gates, on rows
+    that are held out from the adapters, then the adapters with hard gates. The second version's proximal step shrinks
+    the adapters of closed units as one group by learning rate * strength * the site's share of all closed ones. Its
+    smoothing over time is left out: weights that add up to 1.1 let all logits drift upward.
     """
 
     Options = AtpOptions
@@ -81,8 +85,9 @@ class AtpMask(Mask):
     def __init__(self, context: MaskContext, options: AtpOptions):
         super().__init__(context, options)
         self.options = options
-        rate = options.learning_rate or min(max(SLOWEST, HURRIED / max(1, context.phases.search)), FASTEST)
-        self.least_search = math.ceil(SETTLED / (options.learning_rate or SLOWEST))
+        turns = 2 if options.alternate else 1
+        rate = options.learning_rate or min(max(SLOWEST, HURRIED * turns / max(1, context.phases.search)), FASTEST)
+        self.least_search = turns * math.ceil(SETTLED / (options.learning_rate or SLOWEST))
         arch, planner = context.planner.arch, context.planner
         widths = {site.kind: 1 if site.kind == LAYERS_SITE else site.size for site in self.sites}
         ends = torch.tensor(list(widths.values())).cumsum(0).tolist()
@@ -94,6 +99,14 @@ class AtpMask(Mask):
         self._adam = torch.optim.Adam(self._network.parameters(), lr=rate)
         self._ran_on: dict[str, Tensor] = {}
         self._wanted, self._costs = budget_fraction(planner), unit_params(planner)
+
+    @classmethod
+    def held_out(cls, options: Mapping[str, Any]) -> float:
+        found = cls.Options.model_validate(options)
+        return found.held_out if found.alternate else 0.0
+
+    def on_held_out(self, step: int) -> bool:
+        return step >= self.context.phases.warmup_end and not self._teaches_adapters(step)
 
     def parameters(self) -> Iterable[Tensor]:
         return list(self._network.parameters())
@@ -165,10 +178,8 @@ class AtpMask(Mask):
     def _forget_gradients(self) -> None:
         """The optimizer leaves out what has no gradient, moments included."""
         assert self.context.adapters is not None
-        for linear in self.context.adapters.linears:
-            if linear.adapted:
-                for factor in linear.factors()[:2]:
-                    factor.grad = None
+        for parameter in self.context.adapters.trained:
+            parameter.grad = None
 
     def after_step(self, step: int, learning_rate: float) -> None:
         phases = self.context.phases

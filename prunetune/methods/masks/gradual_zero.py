@@ -54,9 +54,14 @@ class GradualZeroMask(AveragedMask):
 
     def way(self, step: int) -> float:
         """Equal batches: what has faded when the period that begins after this step is over."""
-        searched = step + 1 - self.context.phases.warmup_end
-        batches = min(self._periods, int(self.ramp_steps))
-        return min(1.0, (self._period(searched) + 1) / batches) if searched >= 0 else 0.0
+        warmup = self.context.phases.warmup_end
+        searched = step + 1 - warmup
+        if searched < 0:
+            return 0.0
+        # Without a warm-up the first period is the one in which the first batch is found.
+        late = 0 if warmup else 1
+        batches = max(1, min(self._periods, int(self.ramp_steps)) - late)
+        return min(1.0, max(0, self._period(searched) + 1 - late) / batches)
 
     def measure(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert self.context.adapters is not None

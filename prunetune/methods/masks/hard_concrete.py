@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prunetune.core.streams import stream
-from prunetune.methods.masks import MASKS, Mask, MaskContext, finite, gated_budget, unit_params
+from prunetune.methods.masks import MASKS, Mask, MaskContext, budget_fraction, finite, kept_fraction, unit_params
 from prunetune.methods.masks._start import Beginning
 from prunetune.methods.options import MethodOptions
 from prunetune.model.gates import GateStatistics
@@ -77,7 +77,7 @@ class HardConcreteMask(Mask):
         costs = unit_params(context.planner)
         self._costs = {site.name: costs[site.kind] for site in self.sites}
         self._first_kept = float(self.expected_kept().detach())
-        self._final_kept = gated_budget(context.planner)
+        self._final_kept = budget_fraction(context.planner)
 
     def parameters(self) -> Iterable[Tensor]:
         return [*self._logits.values(), self._multipliers]
@@ -107,10 +107,8 @@ class HardConcreteMask(Mask):
         return {name: torch.sigmoid(logit - SHIFT) for name, logit in self._logits.items()}
 
     def expected_kept(self) -> Tensor:
-        """Expected fraction of the gated parameters that stays, in [0, 1]."""
-        open_ = self._open_probability()
-        kept = sum((self._costs[name] * p.sum() for name, p in open_.items()), torch.zeros(()))
-        return kept / sum(self._costs[name] * p.numel() for name, p in open_.items())
+        """Expected fraction of the decoder's parameters that stays, in [0, 1]; gates are independent."""
+        return kept_fraction(self.context.planner, self._open_probability())
 
     def target_kept(self, step: int) -> float:
         """Where the expected kept fraction should be at this step: a linear ramp."""
@@ -162,14 +160,12 @@ class HardConcreteMask(Mask):
     @torch.no_grad()
     def _hold(self, target: float) -> float:
         """Takes one number from all logits so that the expected kept fraction is ``target``; returns it."""
-        logits = torch.cat([logit.double() for logit in self._logits.values()])
-        costs = torch.cat([torch.full((t.numel(),), self._costs[name]).double() for name, t in self._logits.items()])
-        costs /= costs.sum()
         low, high = -WIDEST, WIDEST
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            kept = float(costs @ torch.sigmoid(logits - middle - SHIFT))
-            low, high = (middle, high) if kept > target else (low, middle)
+            open_ = {name: torch.sigmoid(logit.double() - middle - SHIFT) for name, logit in self._logits.items()}
+            over = float(kept_fraction(self.context.planner, open_)) > target
+            low, high = (middle, high) if over else (low, middle)
         for logit in self._logits.values():
             logit -= high
         return high

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from prunetune.core.errors import ConfigError, Problem
 from prunetune.methods.masks import MASKS, Mask, MaskContext, finite, unit_params
 from prunetune.methods.masks._hybrid import HybridModules
 from prunetune.methods.masks._start import Beginning, steady_rate
@@ -78,6 +79,12 @@ class PatMask(Mask):
         self.options = options
         self._beginning = Beginning(context, options.start == "saliency")
         self._steps = max(2, context.phases.search)
+        if options.rank > context.planner.arch.hidden_size:
+            why = (
+                f"a map of the {context.planner.arch.hidden_size} hidden dimensions has no rank of {options.rank}; "
+                f"set it to 0 (5% of them), or to {context.planner.arch.hidden_size} at most"
+            )
+            raise ConfigError([Problem(why, "mask.rank")])
         rate = options.learning_rate or min(max(SLOWEST, PATH / (FIXED * self._steps)), FASTEST)
         if not options.learning_rate and not self._beginning.over:
             rate = min(rate, steady_rate(options.spread, self._steps))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunetune.methods.masks import MASKS, MaskContext, gated_budget
+from prunetune.methods.masks import MASKS, MaskContext, budget_fraction, kept_fraction
 from prunetune.methods.masks._free import FreeMask, FreeOptions, unit_gradients
 from prunetune.model.gates import GateStatistics
 
@@ -44,14 +46,14 @@ class PolarizedMask(FreeMask):
     def __init__(self, context: MaskContext, options: PolarizedOptions):
         super().__init__(context, options)
         self.options = options
-        self._final = gated_budget(context.planner)
+        self._final = budget_fraction(context.planner)
 
     def penalty(self, step: int) -> Tensor:
         free, pivot = torch.cat(list(self._free.values())), self._pivot(self._target(step))
         return -self.options.strength * (free - pivot).abs().sum()
 
     def _target(self, step: int) -> float:
-        """The fraction of the gated parameters that the gates may let through after this step."""
+        """The fraction of the decoder that the gates may let through after this step."""
         return 1.0 - (1.0 - self._final) * self.progress(step, self.options.ramp_share)
 
     def learn(self, step: int, statistics: GateStatistics) -> dict[str, float]:
@@ -66,28 +68,28 @@ class PolarizedMask(FreeMask):
         return {"mask_price": price, "mask_half_open": float(((gates > 0.05) & (gates < 0.95)).float().mean())}
 
     def _pivot(self, target: float) -> float:
-        """The number above which units lie with ``target`` of the gated parameters."""
-        free, costs = self._all()
-        order = free.argsort(descending=True, stable=True)
-        above = int((costs[order].cumsum(0) <= target * (1 + 1e-9)).sum())
-        ranked = free[order]
-        return float(ranked[max(0, above - 1)] + ranked[min(above, len(ranked) - 1)]) / 2
-
-    def _all(self) -> tuple[Tensor, Tensor]:
-        """All free numbers, and their units' shares of the gated parameters; float64."""
+        """The number above which units lie with ``target`` of the decoder's parameters."""
+        edge = self._least(target, lambda free, number: (free > number).double())
         free = torch.cat(list(self._free.values())).double()
-        costs = torch.cat([torch.full_like(t, self._costs[name]) for name, t in self._free.items()]).double()
-        return free, costs / costs.sum()
+        above, below = free[free > edge], free[free <= edge]
+        nearest = [float(part) for part in (*above.sort().values[:1], *below.sort().values[-1:])]
+        return sum(nearest) / len(nearest)
 
     def _hold(self, target: float) -> float:
-        """Takes one number from all gates so that they let ``target`` of the gated parameters through; returns it."""
-        free, costs = self._all()
-        low, high = float(free.min()) - 1.0, float(free.max())
+        """Takes one number from all gates so that they let ``target`` of the decoder through; returns it."""
+        price = self._least(target, lambda free, number: (free - number).clamp(0.0, 1.0))
+        self._free = {name: (t - price).clamp(-MARGIN, 1.0 + MARGIN) for name, t in self._free.items()}
+        return price
+
+    def _least(self, target: float, gates: Callable[[Tensor, float], Tensor]) -> float:
+        """The least number with which the gates made from it let no more than ``target`` of the decoder through."""
+        free = {name: t.double() for name, t in self._free.items()}
+        low, high = min(float(t.min()) for t in free.values()) - 1.0, max(float(t.max()) for t in free.values())
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            kept = float(costs @ (free - middle).clamp(0.0, 1.0))
-            low, high = (middle, high) if kept > target else (low, middle)
-        self._free = {name: (t - high).clamp(-MARGIN, 1.0 + MARGIN) for name, t in self._free.items()}
+            made = {name: gates(t, middle) for name, t in free.items()}
+            over = float(kept_fraction(self.context.planner, made)) > target * (1 + 1e-9)
+            low, high = (middle, high) if over else (low, middle)
         return high
 
     def scores(self) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class AptRanks(RankMethod):
             grew = []
             for adapter in growing:
                 change = changes[adapter.path]
-                if adapter.features <= room and change.rank < self.options.most * len(adapter.importance_r):
+                if adapter.features <= room and change.rank + 1 <= self.options.most * len(adapter.importance_r):
                     changes[adapter.path] = replace(change, added=change.added + 1)
                     room -= adapter.features
                     grew.append(adapter)

@@ -1,0 +1,48 @@
+"""Training rows that the adapters never see: some steps of a mask's own learning run on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from prunetune.core.errors import ConfigError, Problem
+from prunetune.core.streams import stream
+
+
+class HeldOutRows:
+    """A part of the training rows, set aside by lot.
+
+    Args:
+        trainer: loses these rows; holds the collator and the process's rank.
+        share: of the rows; at least one is set aside, and one stays. seed: of the run.
+
+    Raises:
+        ConfigError: the rows are streamed, or there is one only.
+    """
+
+    def __init__(self, trainer: Any, share: float, seed: int):
+        rows = trainer.train_dataset
+        if not hasattr(rows, "__len__") or len(rows) < 2:
+            why = "holds rows out from the adapters, by lot, which takes at least two that are not streamed; load them"
+            raise ConfigError([Problem(f"{why}, or set mask.alternate: false", "mask.alternate")])
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        order = stream(seed, "held-out rows").permutation(len(rows))
+        self._trainer, self._seed = trainer, seed
+        self._rows = rows.select(np.sort(order[:count]).tolist())
+        trainer.train_dataset = rows.select(np.sort(order[count:]).tolist())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batches(self, step: int, count: int) -> list[dict[str, Any]]:
+        """This process's micro-batches of a step, other rows in every step; all processes' are different ones.
+
+        Args:
+            step: of the optimizer. count: micro-batches of each process.
+        """
+        args, accelerator = self._trainer.args, self._trainer.accelerator
+        size, world = args.per_device_train_batch_size, accelerator.num_processes
+        order = np.resize(stream(self._seed, "held-out rows", step).permutation(len(self)), count * world * size)
+        first = range(accelerator.process_index * size, len(order), world * size)
+        return [self._trainer.data_collator([self._rows[int(n)] for n in order[at : at + size]]) for at in first]
