@@ -32,7 +32,7 @@ def show_plan(plan: RunPlan) -> None:
 def _tables(plan: RunPlan) -> Iterator[tuple[str, Table]]:
     yield "Model", _sizes(plan)
     if len(plan.candidates) > 1:
-        yield f"Shapes that meet the budget ({len(plan.candidates)}); the scores choose one", _shapes(plan)
+        yield f"Shapes that meet the budget ({len(plan.candidates)}); the run chooses one", _shapes(plan)
     yield "Peak memory of training, estimated, per process", _memory(plan)
     title = "Steps: not known before the rows are read" if plan.steps is None else f"{plan.steps} steps"
     if plan.relative_flops is not None:

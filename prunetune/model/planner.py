@@ -93,7 +93,8 @@ class Planner:
             scores: site -> (U,) finite scores, higher = keep.
             way: how far from the dense model (0) to the budget (1).
             aligned: false lets MLP widths be any number, for decisions on the way.
-            shape: one of ``candidates``, if that is decided already; only which units stay is left.
+            shape: one of ``candidates``, if that is decided already; only which units stay is left. On the way its
+                MLP is as wide as the budget allows so far.
             origin: recorded in the plan.
 
         Returns:
@@ -104,6 +105,9 @@ class Planner:
         """
         table = _Scores(self.arch, scores)
         if shape is not None:
+            if way < 1.0:
+                widest = replace(shape, mlp_channels=self.arch.mlp_channels)
+                shape = self._widest_mlp(self.budget.at(self.arch, way), 1, widest) or shape
             return self._cut(table, shape, origin or {})
         if aligned and way == 1.0:
             candidates = self.candidates

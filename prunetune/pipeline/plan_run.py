@@ -1,7 +1,7 @@
 """What a run would do, from its settings and the base model's config.json alone: no torch, no weights, no rows.
 
-The shape shown is the largest legal one; which of the legal shapes is taken, and which units stay, the scores
-decide while the adapters learn.
+The shape shown is the largest legal one; which of the legal shapes is taken, and which units stay, is decided while
+the adapters learn.
 """
 
 from __future__ import annotations

@@ -156,14 +156,20 @@ class FreezingTrainer(SelectingTrainer):
             note(f"shape by scores, {shapes[0]}: trying shapes draws rows by lot, which streamed rows do not allow")
             return
         try:
-            losses = trial_losses(self, search.gate_set, self.planner, plans, self.prune.seed)
+            open_, *losses = trial_losses(self, search.gate_set, self.planner, plans, self.prune.seed)
         except (DataError, UnsupportedModelError) as error:
             note(f"shape by scores, {shapes[0]}: shapes cannot be tried, {error}")
             return
         best = min(range(len(plans)), key=lambda number: (not math.isfinite(losses[number]), losses[number], number))
-        search.mask.settle(plans[best])
+        # Models that are cut beyond recognition differ by chance.
+        known = losses[best] < (open_ + math.log(self.dense.vocab_size)) / 2
+        if known:
+            search.mask.settle(plans[best])
         found = ", ".join(f"{shape} {loss:.2f}" for shape, loss in zip(shapes, losses))
-        note(f"step {step}: shapes tried on training rows, nats a token before anything is made up for: {found}")
+        note(
+            f"step {step}: shapes tried on training rows, nats a token before anything is made up for: {found} (whole: "
+            f"{open_:.2f}){'' if known else '; all are nearer to guessing, so the scores decide'}"
+        )
 
     def _freeze(self, checkpoint: Path) -> None:
         """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""

@@ -21,7 +21,7 @@ TOKENS = 2048
 
 
 def trial_losses(trainer: Any, gate_set: GateSet, planner: Planner, plans: Sequence[Plan], seed: int) -> list[float]:
-    """Mean negative log-likelihood in nats of the target tokens under each plan; a collective call.
+    """Mean negative log-likelihood in nats of the target tokens: of the open model, then of each plan; collective.
 
     Args:
         trainer: holds model, rows and collator. gate_set: on the model; left with the last plan's gates.
@@ -39,8 +39,9 @@ def trial_losses(trainer: Any, gate_set: GateSet, planner: Planner, plans: Seque
     shares = [[rows[ids[number]] for number in hand] for hand in hands]
     scorer, sums = Scorer(trainer, frozenset()), []
     most = trainer.args.per_device_train_batch_size * max(map(len, rows.values()))
-    for plan in plans:
-        gate_set.set(hard_gates(planner, plan))
+    open_ = {site.name: torch.ones(site.size) for site in planner.sites}
+    for gates in (open_, *(hard_gates(planner, plan) for plan in plans)):
+        gate_set.set(gates)
         found = scorer.score(shares, most)
         sums.append(sum(float(row.tokens["nll"].sum()) for row in found.values()))
     total = trainer.accelerator.reduce(torch.tensor(sums, device=trainer.args.device), "sum")

@@ -105,7 +105,7 @@ def test_nothing_is_seen_saved_or_changed_by_default(tmp_path: Path) -> None:
 
 def test_adapters_that_are_known_by_their_layers_numbers_are_found_when_layers_have_left(tmp_path: Path) -> None:
     options = {
-        "prune": prune_config(units=UNITS, kept="45%"),
+        "prune": prune_config({"method": "saliency", "shape": "scored"}, units=UNITS, kept="45%"),
         "peft_config": lora(
             target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 2], rank_pattern={r"layers\.2\..*": 3}
         ),

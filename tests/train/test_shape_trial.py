@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from prunetune.config.schema import PhaseConfig, SelectionConfig
+from prunetune.methods.masks.saliency import SaliencyMask
 from prunetune.model.budget import Shape, plan_shape
 from prunetune.model.plan import Plan
 from prunetune.model.surgery import slice_model
@@ -52,17 +54,17 @@ def trainer_of(folder: Path, **kwargs: Any) -> Watching:
     return trainer
 
 
-def test_losses_are_those_of_the_sliced_models_on_the_same_rows_and_the_least_wins(tmp_path: Path) -> None:
+def test_losses_are_those_of_the_open_and_of_the_sliced_models_on_the_same_rows(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, args={"save_steps": 1})
     trainer.train()
     assert trainer.tried is not None
-    plans, losses = trainer.tried
+    plans, (open_, *losses) = trainer.tried
     shapes = [plan_shape(trainer.dense, plan) for plan in plans]
     assert len(set(shapes)) == len(shapes) > 1
     assert set(shapes) <= set(trainer.planner.candidates)
-    assert trainer.shape == shapes[losses.index(min(losses))]
     chosen = drawn_rows(trainer, shape_trial.TOKENS, 0, "shape trial")
-    for plan, loss in zip(plans, losses):
+    whole = Plan({}, trainer.dense.fingerprint(), {})
+    for plan, loss in zip([whole, *plans], [open_, *losses]):
         sliced = joint_trainer(tmp_path / "other")
         with torch.no_grad():
             for name, parameter in sliced.model.named_parameters():
@@ -90,7 +92,7 @@ def test_the_worse_scored_shape_can_win_and_stays(tmp_path: Path, monkeypatch: p
 
     def reverse(trainer: Any, gates: Any, planner: Any, plans: list[Plan], seed: int) -> list[float]:
         shapes.extend(plan_shape(planner.arch, plan) for plan in plans)
-        return [-float(number) for number in range(len(plans))]
+        return [0.0, *(-float(number) for number in range(len(plans)))]
 
     monkeypatch.setattr(freezing, "trial_losses", reverse)
     trainer = joint_trainer(tmp_path)
@@ -103,7 +105,7 @@ def test_losses_that_are_not_finite_lose(tmp_path: Path, monkeypatch: pytest.Mon
 
     def broken(trainer: Any, gates: Any, planner: Any, plans: list[Plan], seed: int) -> list[float]:
         shapes.extend(plan_shape(planner.arch, plan) for plan in plans)
-        return [float("nan"), *(float(number) for number in range(1, len(plans)))]
+        return [0.5, float("nan"), *(0.1 * number for number in range(1, len(plans)))]
 
     monkeypatch.setattr(freezing, "trial_losses", broken)
     trainer = joint_trainer(tmp_path)
@@ -144,21 +146,40 @@ def test_rows_without_targets_are_said_not_to_allow_it(
     assert "the rows that were drawn have no target tokens" in " ".join(capsys.readouterr().out.split())
 
 
-def test_random_states_are_left_alone(tmp_path: Path) -> None:
-    """Up to the search's first gates a run with a trial is one without, dropout included."""
+def test_the_trial_itself_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout included: a run whose mask does not listen to the trial is one without, to the bit."""
+    monkeypatch.setattr(SaliencyMask, "settle", lambda mask, plan: None)
     runs = []
     for shape in ("tried", "scored"):
-        trainer = joint_trainer(
-            tmp_path / shape,
-            prune=prune_config({"method": "random", "shape": shape}, units=("mlp_channels", "kv_groups"), kept="100%"),
-            args={"save_steps": 1},
-        )
+        trainer = trainer_of(tmp_path / shape, prune=prune_config({"method": "saliency", "shape": shape}))
         trainer.train()
+        assert (trainer.tried is not None) == (shape == "tried")
         runs.append(weights(trainer))
     require_same(*runs)
 
 
-@pytest.mark.parametrize("mask", ["saliency", "gradual_zero"])
+def test_shapes_that_say_nothing_are_left_to_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond half way from the whole model to guessing, the least loss is that by chance."""
+    shapes: list[Shape] = []
+    for over in (-0.01, 0.01):
+
+        def middling(
+            trainer: Any, gates: Any, planner: Any, plans: list[Plan], seed: int, over: float = over
+        ) -> list[float]:
+            shapes[:] = [plan_shape(planner.arch, plan) for plan in plans]
+            middle = (2.0 + math.log(planner.arch.vocab_size)) / 2 + over
+            return [2.0, 9.0, middle, *(9.0 for _ in plans[2:])]
+
+        monkeypatch.setattr(freezing, "trial_losses", middling)
+        trainer = joint_trainer(tmp_path / str(over), prune=prune_config({"method": "apt"}))
+        trainer.train()
+        scored = joint_trainer(tmp_path / "scored", prune=prune_config({"method": "apt", "shape": "scored"}))
+        scored.train()
+        assert shapes[1] != scored.shape
+        assert trainer.shape == (shapes[1] if over < 0 else scored.shape)
+
+
+@pytest.mark.parametrize("mask", ["saliency", "apt"])
 def test_resumed_before_and_after_the_trial(tmp_path: Path, mask: str) -> None:
     whole = joint_trainer(tmp_path / "whole", prune=prune_config(mask), args={"save_steps": 1})
     whole.train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,21 +23,21 @@ from prunetune.model.plan import Plan
 MOST_TRIED = 4
 
 
-class ShapeOptions(MethodOptions):
-    """What the widths are to be in the end."""
+class ScheduleOptions(MethodOptions):
+    """How fast gates close."""
+
+    fade_share: float = Field(0.2, gt=0, le=1, description="a gate needs this share of the search to close or open")
+    ramp_share: float = Field(0.8, gt=0, le=1, description="the budget is reached after this share of the search")
+    refresh: int = Field(1, ge=1, description="decide anew every so many steps")
+
+
+class TriedScheduleOptions(ScheduleOptions):
+    """How fast gates close, and how far."""
 
     shape: Literal["tried", "scored"] = Field(
         "tried",
         description="which legal widths: tried on training rows when the warm-up ends, or by the score that leaves",
     )
-
-
-class ScheduleOptions(ShapeOptions):
-    """How fast gates close, and how far."""
-
-    fade_share: float = Field(0.2, gt=0, le=1, description="a gate needs this share of the search to close or open")
-    ramp_share: float = Field(0.8, gt=0, le=1, description="the budget is reached after this share of the search")
-    refresh: int = Field(1, ge=1, description="decide anew every so many steps")
 
 
 class ScheduledMask(Mask):
@@ -47,21 +47,25 @@ class ScheduledMask(Mask):
     moves every gate by a fixed amount toward the current plan (0 or 1), so a closed unit may reopen until the
     freeze if its score recovers.
 
-    Scores of units add up, what many removed units cost together does not, so sums of scores say little about how much
-    attention is worth how many MLP channels. Legal shapes are few: when the warm-up is over, each is tried on training
-    rows, and the best is what the widths move to.
+    Args:
+        tried: the shape is settled by a trial. Scores of units add up, what many removed units cost together does not,
+            so sums of scores say little about how much attention is worth how many MLP channels. Legal shapes are
+            few: when the warm-up is over, each is tried on training rows. What is to leave beside MLP channels then
+            leaves at once, and MLP channels follow the ramp of the budget. For masks whose scores are good by then:
+            of a model that is cut at random no shape says anything.
     """
 
     Options: ClassVar[type[MethodOptions]] = ScheduleOptions
 
-    def __init__(self, context: MaskContext, options: ScheduleOptions):
+    def __init__(self, context: MaskContext, options: ScheduleOptions, *, tried: bool = False):
         super().__init__(context, options)
         search = context.phases.search
         self.refresh = options.refresh
         self.ramp_steps = max(1.0, options.ramp_share * search)  # until the budget is reached
         self.fade_steps = max(1.0, options.fade_share * search)  # until a gate has closed
-        self._gates, self._target = self._open(), self._open()
-        self._tried = options.shape == "tried"
+        self._gates = {site.name: torch.ones(site.size) for site in self.sites}
+        self._target = {site.name: torch.ones(site.size) for site in self.sites}
+        self._tried = tried
         self._final: Shape | None = None  # the shape to end with, once that is settled
 
     @abstractmethod
@@ -75,12 +79,6 @@ class ScheduledMask(Mask):
 
     def settle(self, plan: Plan) -> None:
         self._final = plan_shape(self.context.planner.arch, plan)
-        # The warm-up's last step decided already, towards the shape that the scores alone suggest.
-        self._gates, self._target = self._open(), self._open()
-        self._decide(self.context.phases.warmup_end - 1)
-
-    def _open(self) -> dict[str, Tensor]:
-        return {site.name: torch.ones(site.size) for site in self.sites}
 
     def way(self, step: int) -> float:
         """How far from dense (0) to the budget (1) the gates should be heading at this step."""
@@ -97,10 +95,6 @@ class ScheduledMask(Mask):
         if not finite(statistics):
             return {}
         self.observe(step, statistics)
-        return self._decide(step)
-
-    def _decide(self, step: int) -> dict[str, float]:
-        """Takes the plan of after this step, if one is due, and moves the gates; returns metrics."""
         searched = step + 1 - self.context.phases.warmup_end
         if searched < 0:
             return {}
@@ -137,13 +131,7 @@ class ScheduledMask(Mask):
 
     def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
         """site -> units that stay at this part of the way."""
-        planner = self.context.planner
-        if self._final is None:
-            return planner.plan(self.scores(), way=way, aligned=way == 1.0).kept
-        full = replace(full_shape(planner.arch), hidden=planner.arch.hidden_size if self._final.hidden else 0)
-        pairs = zip(astuple(full), astuple(self._final))
-        widths = (now - round(way * (now - last)) for now, last in pairs)
-        return planner.plan(self.scores(), shape=Shape(*widths)).kept
+        return self.context.planner.plan(self.scores(), way=way, aligned=way == 1.0, shape=self._final).kept
 
     def plan(self, origin: Mapping[str, Any]) -> Plan:
         return self.context.planner.plan(self.scores(), shape=self._final, origin=origin)
@@ -168,8 +156,8 @@ class ScheduledMask(Mask):
 class LastingMask(ScheduledMask):
     """Base of the masks whose closed units stay closed.
 
-    The final shape is settled at the first decision at the latest, and every width falls steadily to its own: were the
-    shape chosen anew, a group that leaves would make room for channels that had left before.
+    The final shape is chosen at the first decision and every width falls steadily to its own: were the shape chosen
+    anew, a group that leaves would make room for channels that had left before.
     """
 
     @abstractmethod
@@ -181,6 +169,10 @@ class LastingMask(ScheduledMask):
         return {name: score * self._target[name] for name, score in self.importance().items()}
 
     def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
+        planner = self.context.planner
         if self._final is None:
-            self._final = plan_shape(self.context.planner.arch, self.context.planner.plan(self.scores()))
-        return super().aim_plan(way)
+            self.settle(planner.plan(self.scores()))
+            assert self._final is not None
+        pairs = zip(astuple(full_shape(planner.arch)), astuple(self._final))
+        widths = (now - math.floor(way * (now - last)) for now, last in pairs)
+        return planner.plan(self.scores(), shape=Shape(*widths)).kept

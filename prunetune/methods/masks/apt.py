@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prunetune.methods.masks import MASKS, MaskContext, weighed
-from prunetune.methods.masks._scheduled import ScheduledMask, ScheduleOptions
+from prunetune.methods.masks._scheduled import ScheduledMask, TriedScheduleOptions
 from prunetune.model.adapters import AdapterView
 from prunetune.model.gates import GateStatistics
 
@@ -18,7 +18,7 @@ from prunetune.model.gates import GateStatistics
 EVENTS = 16
 
 
-class AptOptions(ScheduleOptions):
+class AptOptions(TriedScheduleOptions):
     """Options of the apt mask."""
 
     refresh: int = Field(0, ge=0, description="decide anew every so many steps; 0: up to 16 times on the way")
@@ -47,7 +47,7 @@ class AptMask(ScheduledMask):
     reads_adapters = True
 
     def __init__(self, context: MaskContext, options: AptOptions):
-        super().__init__(context, options)
+        super().__init__(context, options, tried=options.shape == "tried")
         self._apt = options
         self.refresh = options.refresh or max(1, math.ceil(self.ramp_steps / EVENTS))
         self._mean = {site.name: torch.zeros(site.size) for site in self.sites}

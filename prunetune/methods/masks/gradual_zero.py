@@ -11,11 +11,12 @@ from torch import Tensor
 
 from prunetune.methods.masks import MASKS, MaskContext
 from prunetune.methods.masks._averaged import AveragedMask
-from prunetune.methods.masks._scheduled import ScheduleOptions, ShapeOptions
+from prunetune.methods.masks._scheduled import ScheduleOptions
+from prunetune.methods.options import MethodOptions
 from prunetune.model.adapters import AdaptedLinear
 
 
-class GradualZeroOptions(ShapeOptions):
+class GradualZeroOptions(MethodOptions):
     """Options of the gradual_zero mask."""
 
     periods: int = Field(10, ge=1, description="batches of units that fade out one after the other")
@@ -34,7 +35,7 @@ class GradualZeroMask(AveragedMask):
 
     Differences: the fading factor is the unit's gate, not a change of W and B. So frozen weights are never written,
     quantised bases work too, and what survives learns on beside the fading in the same way. Saliences are averaged
-    over steps. How far each kind narrows is settled before the first period.
+    over steps. How far each kind narrows is the planner's choice at the first period.
     """
 
     Options = GradualZeroOptions
@@ -42,7 +43,7 @@ class GradualZeroMask(AveragedMask):
     cost = "two passes over every weight in float32"
 
     def __init__(self, context: MaskContext, options: GradualZeroOptions):
-        super().__init__(context, ScheduleOptions(ramp_share=options.ramp_share, shape=options.shape), options.decay)
+        super().__init__(context, ScheduleOptions(ramp_share=options.ramp_share), options.decay)
         self._periods = options.periods
         self.fade_steps = max(1.0, self.ramp_steps / options.periods)  # a period
 

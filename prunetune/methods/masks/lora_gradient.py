@@ -34,7 +34,7 @@ class LoraGradientMask(AveragedMask):
 
     Differences: units are KV groups with all their query heads (the released code pairs the wrong heads when groups
     are shared); the last cut falls on the budget itself; all layers keep one width, the first and last too; how much
-    of attention and how much of the MLP leaves in the end is settled before the first cut, where a site
+    of attention and how much of the MLP leaves in the end is the planner's choice at the first cut, where a site
     weighs what its importances add up to before they are normalised: a loss, which all kinds of units share.
     """
 

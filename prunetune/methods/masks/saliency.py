@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prunetune.methods.masks import MASKS, MaskContext
-from prunetune.methods.masks._scheduled import ScheduledMask, ScheduleOptions
+from prunetune.methods.masks._scheduled import ScheduledMask, TriedScheduleOptions
 from prunetune.model.gates import GateStatistics
 from prunetune.model.units import LAYERS_SITE, Site, site_name
 
@@ -18,7 +18,7 @@ from prunetune.model.units import LAYERS_SITE, Site, site_name
 HEARD = 0.1
 
 
-class SaliencyOptions(ScheduleOptions):
+class SaliencyOptions(TriedScheduleOptions):
     """Options of the saliency mask."""
 
     decay: float = Field(0.95, ge=0, lt=1, description="of the running mean over optimizer steps")
@@ -45,7 +45,7 @@ class SaliencyMask(ScheduledMask):
     ranks_hidden = True
 
     def __init__(self, context: MaskContext, options: SaliencyOptions):
-        super().__init__(context, options)
+        super().__init__(context, options, tried=options.shape == "tried")
         self.options: SaliencyOptions = options
         self._mean = {site.name: torch.zeros(site.size) for site in self.sites}
         self._weight = {site.name: torch.zeros(site.size, dtype=torch.float64) for site in self.sites}

@@ -37,7 +37,7 @@ class StaticMask(ScheduledMask):
     ranks_hidden = True
 
     def __init__(self, context: MaskContext, options: StaticOptions):
-        super().__init__(context, ScheduleOptions(fade_share=options.fade_share, shape="scored"))
+        super().__init__(context, ScheduleOptions(fade_share=options.fade_share))
         planner = context.planner
         self._plan = Plan.load(options.plan)
         self._plan.check(planner.arch)
