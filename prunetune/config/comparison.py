@@ -98,7 +98,10 @@ def _section(source: Source) -> CompareSection:
         problems = {
             (SECTION, *details["loc"][:3]): details["msg"].removeprefix("Value error, ") for details in error.errors()
         }
-        raise ConfigError([source.problem(key, message) for key, message in problems.items()]) from None
+        # A list counts faulty items as missing; what is wrong with them is enough.
+        inner = {key[:length] for key in problems for length in range(1, len(key))}
+        found = [source.problem(key, message) for key, message in problems.items() if key not in inner]
+        raise ConfigError(found) from None
 
 
 def _cells(

@@ -50,7 +50,9 @@ def cell_problems(cell: Cell) -> list[Problem]:
         found = _unknown(cell) or one_shot_request(cell, "", ()).problems()
     else:
         found = list(_joint_problems(cell)) if cell.kind == JOINT else []
-    return [Problem(str(problem), f"compare.recipes ({cell.label})") for problem in found]
+    # What an option of `prunetune prune` says, a setting says here.
+    said = [str(problem).replace("--units", "target.units") for problem in found]
+    return [Problem(words, f"compare.recipes ({cell.label})") for words in said]
 
 
 def _unknown(cell: Cell) -> list[Problem]:

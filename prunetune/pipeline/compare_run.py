@@ -62,8 +62,9 @@ def compare_recipes(path: Path, overrides: Sequence[str] = (), *, only: str | No
 def _run_waiting(comparison: Comparison, path: Path, overrides: Sequence[str]) -> list[str]:
     """Runs what has no result and writes the reports; ids of the cells that failed."""
     failed, waiting = [], _waiting(comparison)
+    to_do = {cell.id for cell in waiting}
     for cell in comparison.cells:
-        if cell not in waiting:
+        if cell.id not in to_do:
             drop_weights(cell)
     note(f"{len(comparison.cells)} runs, {len(waiting)} of them to do; results in {comparison.folder}")
     for number, cell in enumerate(waiting, 1):

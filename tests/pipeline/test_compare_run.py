@@ -111,8 +111,9 @@ def test_a_stopped_cell_goes_on_from_its_checkpoint(comparison_file: Path) -> No
     ],
 )
 def test_faulty_sections_are_refused(comparison_file: Path, change: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as raised:
         compare_run.read_comparison(comparison_file, [change])
+    assert len(raised.value.problems) == 1
 
 
 def test_a_run_without_the_section_is_refused(tmp_path: Path) -> None:
