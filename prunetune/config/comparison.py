@@ -9,56 +9,20 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from prunetune.config.load import Check, load_config
+from prunetune.config.recipe import BASE, DENSE, JOINT, ONE_SHOT, REFERENCES, Recipe
 from prunetune.config.schema import Fraction, RunConfig, Section
 from prunetune.config.source import Source, read_source
 from prunetune.core.errors import ConfigError, Problem
 
 SECTION = "compare"
-BASE, DENSE, JOINT, ONE_SHOT = "base", "dense", "joint", "one_shot"
-REFERENCES = (BASE, DENSE)
-
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-
-
-class Recipe(Section):
-    """One way to get a smaller model, or several: lists of names stand for every combination.
-
-    Example:
-        >>> Recipe(one_shot=["wanda", "taylor"], compensation="refit").one_shot
-        ('wanda', 'taylor')
-    """
-
-    reference: str | None = Field(None, description="base (as it is) or dense (plain LoRA); nothing is removed")
-    joint: Names = Field((), description="masks that are trained while the adapters learn")
-    one_shot: Names = Field((), description="scores by which the base is pruned before LoRA trains for all the steps")
-    allocation: Names = Field(("uniform",), description="how one_shot spreads the budget")
-    compensation: Names = Field(("refit",), description="what the weights that stay do about the others")
-    set: dict[str, Any] = Field(default_factory=dict, description="further settings of this recipe, by dotted key")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        """``- dense`` is ``- {reference: dense}``."""
-        return {"reference": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Recipe:
-        kinds = [name for name in ("reference", JOINT, ONE_SHOT) if getattr(self, name)]
-        if len(kinds) != 1:
-            raise ValueError(
-                f"a recipe is base, dense, `joint: MASK` or `one_shot: SCORE`; set here: {', '.join(kinds) or 'none'}"
-            )
-        if self.reference and self.reference not in REFERENCES:
-            raise ValueError(f"{self.reference!r} is not base or dense; for a mask write `joint: {self.reference}`")
-        return self
 
 
 class CompareSection(Section):
@@ -80,6 +44,8 @@ class Cell:
         kept: the budget; None for the references, which have none.
         score, allocation: of one_shot; empty otherwise.
         config: the run's settings, ``folder`` and ``seed`` included.
+        options: ``score``, ``allocation`` -> that method's own options.
+        tokens: that one_shot calibrates on, whatever its compensation; None: the default.
     """
 
     id: str
@@ -90,11 +56,8 @@ class Cell:
     score: str
     allocation: str
     config: RunConfig
-
-    def fingerprint(self) -> str:
-        """Digest of everything that the result depends on."""
-        settings = self.config.model_dump(mode="json", exclude={"folder"})
-        return hashlib.sha256(json.dumps([self.id, settings], sort_keys=True).encode()).hexdigest()[:16]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,13 +77,13 @@ def load_comparison(path: Path, overrides: Sequence[str] = (), checks: Sequence[
     source = read_source(path, overrides)
     section = _section(source)
     cells: dict[str, Cell] = {}
-    folder = load_config(path, [*overrides, "target.kept=1.0"], checks, without=[SECTION]).folder
+    common = load_config(path, [*overrides, "target.kept=1.0"], checks, without=[SECTION])
     for recipe in section.recipes:
         for kept, seed in itertools.product(section.kept, section.seeds):
-            for cell in _cells(recipe, kept, seed, folder, path, overrides, checks):
+            for cell in _cells(recipe, kept, seed, common, path, overrides, checks):
                 # The references have no budget, so they come once a seed.
                 cells.setdefault(cell.id, cell)
-    return Comparison(folder, tuple(cells.values()))
+    return Comparison(common.folder, tuple(cells.values()))
 
 
 def _section(source: Source) -> CompareSection:
@@ -135,11 +98,20 @@ def _section(source: Source) -> CompareSection:
         problems = {
             (SECTION, *details["loc"][:3]): details["msg"].removeprefix("Value error, ") for details in error.errors()
         }
-        raise ConfigError([source.problem(key, message) for key, message in problems.items()]) from None
+        # A list counts faulty items as missing; what is wrong with them is enough.
+        inner = {key[:length] for key in problems for length in range(1, len(key))}
+        found = [source.problem(key, message) for key, message in problems.items() if key not in inner]
+        raise ConfigError(found) from None
 
 
 def _cells(
-    recipe: Recipe, kept: float, seed: int, folder: Path, path: Path, overrides: Sequence[str], checks: Sequence[Check]
+    recipe: Recipe,
+    kept: float,
+    seed: int,
+    common: RunConfig,
+    path: Path,
+    overrides: Sequence[str],
+    checks: Sequence[Check],
 ) -> Iterator[Cell]:
     for kind, method, allocation, compensation in _variants(recipe):
         words = [word for word in (kind, method, allocation, compensation) if word]
@@ -152,14 +124,18 @@ def _cells(
         own = [
             f"target.kept={1.0 if budget is None else budget}",
             f"seed={seed}",
-            f"folder={folder / 'cells' / name}",
+            f"folder={common.folder / 'cells' / name}",
             *([f"mask={method}"] if kind == JOINT else []),
             *([f"compensation={compensation}"] if compensation else []),
-            *(f"{key}={json.dumps(value)}" for key, value in recipe.set.items()),
+            *(f"{key}={json.dumps(value)}" for key, value in recipe.run_settings().items()),
         ]
         config = load_config(path, [*overrides, *own], checks, without=[SECTION])
-        score = method if kind == ONE_SHOT else ""
-        yield Cell(name, label, kind, budget, seed, score, allocation, config)
+        if kind != ONE_SHOT:
+            yield Cell(name, label, kind, budget, seed, "", "", config)
+            continue
+        tokens = common.compensation.options().get("tokens")
+        options = recipe.method_options()
+        yield Cell(name, label, kind, budget, seed, method, allocation, config, options, tokens)
 
 
 def _variants(recipe: Recipe) -> Iterator[tuple[str, str, str, str]]:

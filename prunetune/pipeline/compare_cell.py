@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import sys
 from typing import Any
 
 import torch
 
-from prunetune.config.comparison import BASE, DENSE, JOINT, ONE_SHOT, Cell
+from prunetune.config.comparison import Cell
 from prunetune.config.presets import total_steps
+from prunetune.config.recipe import BASE, DENSE, JOINT, ONE_SHOT
 from prunetune.core.records import DataBundle, PreparedModel
 from prunetune.data.load import load_bundle
 from prunetune.evaluate.harness import quality
-from prunetune.methods.scores import SCORES
 from prunetune.model.architecture import describe
 from prunetune.model.budget import decoder_params, full_shape, total_params
 from prunetune.model.resolve import resolve_model
-from prunetune.pipeline.loading import TRAIN, load_base, load_tokenizer
-from prunetune.pipeline.prune_request import PruneRequest, default_units
+from prunetune.pipeline.compare_folder import PRUNED, TRAIN, begin, fingerprint
+from prunetune.pipeline.compare_request import one_shot_request
+from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.prune_run import prune_once
 from prunetune.pipeline.quiet import quiet_libraries
 from prunetune.pipeline.run import METRICS, eval_settings, train, trained_seconds
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
-    """Runs one cell and measures what came out; a cell that was stopped goes on from its last checkpoint.
+    """Runs one cell and measures what came out; one that was stopped with these settings goes on where it was.
 
     Returns:
         label, kind, kept (asked for), seed, steps, kept_decoder and params_total (reached), domain_ppl, general_ppl
@@ -34,6 +34,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         of the GPU).
     """
     quiet_libraries()
+    begin(cell)
     config = cell.config
     dense = resolve_model(config.model.name, config.model.revision)
     tokenizer = load_tokenizer(dense)
@@ -44,7 +45,6 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         seed=config.seed,
         completion_only=config.train.completion_only,
     )
-    config.folder.mkdir(parents=True, exist_ok=True)
     model, steps = _model(cell, dense, tokenizer, data)
     rows = list(data.validation.select(range(min(config.evaluate.rows, len(data.validation)))))
     numbers = quality(cell.label, model, tokenizer, rows, data.general_text, eval_settings(config))
@@ -61,7 +61,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "params_total": total_params(arch, full_shape(arch)),
         "seconds": _trained_seconds(cell),
         "peak_bytes": _peak_bytes(),
-        "fingerprint": cell.fingerprint(),
+        "fingerprint": fingerprint(cell),
         **numbers,
     }
 
@@ -85,32 +85,9 @@ def _model(cell: Cell, dense: PreparedModel, tokenizer: Any, data: DataBundle) -
 
 def _pruned(cell: Cell, dense: PreparedModel, data: DataBundle) -> PreparedModel:
     """The base, pruned in one shot on the training rows."""
-    config, folder = cell.config, cell.config.folder / "pruned"
-    compensation = config.compensation
-    options = compensation.options()
-    tokens = int(options.pop("tokens", PruneRequest.tokens))
-    units = [kind for kind in config.target.units if kind in SCORES.get(cell.score).kinds]
+    folder = cell.config.folder / PRUNED
     if not folder.exists():
-        prune_once(
-            PruneRequest(
-                model=str(dense.folder),
-                out=folder,
-                # A score that ranks none of the kinds that the others remove competes with those that it ranks.
-                target=config.target.model_copy(update={"units": tuple(units) or default_units(cell.score)}),
-                score=cell.score,
-                allocation=cell.allocation,
-                compensation=compensation.method,
-                options={"compensation": options},
-                calibration=list(data.train),
-                max_length=config.train.max_length,
-                dtype=config.model.dtype,
-                seed=config.seed,
-                # All cells of a seed read the same statistics.
-                cache=config.folder.parent / "prune-cache",
-                verify=config.export.verify,
-                tokens=tokens,
-            )
-        )
+        prune_once(one_shot_request(cell, str(dense.folder), list(data.train)))
     return resolve_model(str(folder))
 
 
@@ -118,12 +95,6 @@ def _trained_seconds(cell: Cell) -> float:
     """Read from the steps' own records, so that a run that was stopped and went on counts whole."""
     folder = cell.config.folder
     return 0.0 if cell.kind == BASE else trained_seconds((folder if cell.kind == JOINT else folder / TRAIN) / METRICS)
-
-
-def drop_weights(cell: Cell) -> None:
-    """Deletes what a finished cell no longer needs: checkpoints and pruned bases of dozens of cells fill a disk."""
-    for name in (TRAIN, "pruned"):
-        shutil.rmtree(cell.config.folder / name, ignore_errors=True)
 
 
 def _peak_bytes() -> int:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunetune.config.comparison import ONE_SHOT, Cell, Comparison, load_comparison
+from prunetune.config.comparison import Cell, Comparison, load_comparison
 from prunetune.core.console import note, warn
 from prunetune.core.errors import ConfigError, DataError, Problem, suggest
 from prunetune.core.files import read_json, write_json
-from prunetune.pipeline.checks import check_methods, registered_names
+from prunetune.core.lock import only_one
+from prunetune.core.sizes import format_fraction
+from prunetune.pipeline.checks import check_methods
+from prunetune.pipeline.compare_folder import drop_weights, fingerprint
+from prunetune.pipeline.compare_request import cell_problems
 from prunetune.report.comparison import write_comparison
 
 RESULTS = "results"
@@ -21,22 +26,10 @@ RESULTS = "results"
 def read_comparison(path: Path, overrides: Sequence[str]) -> Comparison:
     """The checked comparison of a file; raises ConfigError."""
     comparison = load_comparison(path, overrides, checks=[check_methods])
-    problems = [problem for cell in comparison.cells for problem in _check_one_shot(cell)]
+    problems = [problem for cell in comparison.cells for problem in cell_problems(cell)]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return comparison
-
-
-def _check_one_shot(cell: Cell) -> list[Problem]:
-    if cell.kind != ONE_SHOT:
-        return []
-    chosen = {"one_shot": (cell.score, "scores"), "allocation": (cell.allocation, "allocation")}
-    found = []
-    for field, (name, family) in chosen.items():
-        known = registered_names(f"prunetune.methods.{family}")
-        if name not in known:
-            found.append(Problem(f"there is no {name!r}; {suggest(name, known)}", f"compare.recipes.{field}"))
-    return found
 
 
 def compare_recipes(path: Path, overrides: Sequence[str] = (), *, only: str | None = None) -> list[dict[str, Any]]:
@@ -50,27 +43,51 @@ def compare_recipes(path: Path, overrides: Sequence[str] = (), *, only: str | No
         The results so far; see ``run_cell``.
 
     Raises:
-        ConfigError: the file, or a result in the folder that was made with other settings.
+        ConfigError: the file, or a result in the folder that was made with other settings or data.
+        FolderInUseError: another process runs this comparison, or the one cell.
         DataError: some cells failed; the others' results are there, and calling again tries the failed ones.
     """
     comparison = read_comparison(path, overrides)
     if only is not None:
         return [_run_here(comparison, only)]
-    failed = []
-    waiting = [cell for cell in comparison.cells if _result(comparison, cell) is None]
+    # Whoever only reads what is finished waits for nobody.
+    with only_one(comparison.folder, when=bool(_waiting(comparison))):
+        failed = _run_waiting(comparison, path, overrides)
+    if failed:
+        again = shlex.join(["prunetune", "compare", str(path), *overrides])
+        raise DataError(f"{len(failed)} of {len(comparison.cells)} runs failed ({', '.join(failed)}); again: {again}")
+    return results_of(comparison)
+
+
+def _run_waiting(comparison: Comparison, path: Path, overrides: Sequence[str]) -> list[str]:
+    """Runs what has no result and writes the reports; ids of the cells that failed."""
+    failed, waiting = [], _waiting(comparison)
+    to_do = {cell.id for cell in waiting}
+    for cell in comparison.cells:
+        if cell.id not in to_do:
+            drop_weights(cell)
     note(f"{len(comparison.cells)} runs, {len(waiting)} of them to do; results in {comparison.folder}")
     for number, cell in enumerate(waiting, 1):
-        note(f"[bold]{number}/{len(waiting)}[/bold] {cell.label}{_budget(cell)}, seed {cell.seed}")
+        note(f"[bold]{number}/{len(waiting)}[/bold] {cell.label}{budget(cell)}, seed {cell.seed}")
         if not _run_apart(path, overrides, cell.id):
             warn(f"{cell.id} failed; going on with the others")
             failed.append(cell.id)
-        write_comparison(comparison.folder, results_of(comparison))
-    found = results_of(comparison)
-    write_comparison(comparison.folder, found)
-    if failed:
-        again = " ".join(["prunetune compare", str(path), *overrides])
-        raise DataError(f"{len(failed)} of {len(comparison.cells)} runs failed ({', '.join(failed)}); again: {again}")
-    return found
+        _report(comparison)
+    _report(comparison)
+    return failed
+
+
+def _waiting(comparison: Comparison) -> list[Cell]:
+    return [cell for cell in comparison.cells if _result(comparison, cell) is None]
+
+
+def _report(comparison: Comparison) -> None:
+    """Reports of what is there; a cell without a result is shown as missing."""
+    rows = [
+        _result(comparison, cell) or {"label": cell.label, "kept": cell.kept, "seed": cell.seed}
+        for cell in comparison.cells
+    ]
+    write_comparison(comparison.folder, rows)
 
 
 def _run_apart(path: Path, overrides: Sequence[str], only: str) -> bool:
@@ -86,14 +103,19 @@ def results_of(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _run_here(comparison: Comparison, only: str) -> dict[str, Any]:
-    from prunetune.pipeline.compare_cell import drop_weights, run_cell
+    from prunetune.pipeline.compare_cell import run_cell
 
     cells = {cell.id: cell for cell in comparison.cells}
     if only not in cells:
         raise ConfigError([Problem(f"there is no run {only!r}; {suggest(only, list(cells))}", "--only")])
-    result = run_cell(cells[only])
-    write_json(_file(comparison, cells[only]), result)
-    drop_weights(cells[only])
+    cell = cells[only]
+    # Its own lock: single cells may be run beside each other, and one outlives a comparison that was killed.
+    with only_one(cell.config.folder):
+        result = _result(comparison, cell)
+        if result is None:
+            result = run_cell(cell)
+            write_json(_file(comparison, cell), result)
+        drop_weights(cell)
     return result
 
 
@@ -102,8 +124,11 @@ def _result(comparison: Comparison, cell: Cell) -> dict[str, Any] | None:
     if not file.exists():
         return None
     result: dict[str, Any] = read_json(file)
-    if result["fingerprint"] != cell.fingerprint():
-        message = f"{file} was made with other settings; set another folder=..., or delete it to run {cell.id} again"
+    if result["fingerprint"] != fingerprint(cell):
+        message = (
+            f"{file} was made with other settings, another base or other rows; set another folder=..., or delete it to "
+            f"run {cell.id} again"
+        )
         raise ConfigError([Problem(message, "folder")])
     return result
 
@@ -112,5 +137,6 @@ def _file(comparison: Comparison, cell: Cell) -> Path:
     return comparison.folder / RESULTS / f"{cell.id}.json"
 
 
-def _budget(cell: Cell) -> str:
-    return "" if cell.kept is None else f", {cell.kept:.0%} kept"
+def budget(cell: Cell) -> str:
+    """``, 60.0% kept``; nothing for a reference."""
+    return "" if cell.kept is None else f", {format_fraction(cell.kept)} kept"

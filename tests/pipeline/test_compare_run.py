@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from prunetune.config.comparison import load_comparison
-from prunetune.core.errors import ConfigError
-from prunetune.pipeline import compare_run
+from prunetune.config.comparison import Cell, load_comparison
+from prunetune.core.errors import ConfigError, DataError, FolderInUseError
+from prunetune.core.lock import only_one
+from prunetune.pipeline import compare_cell, compare_run
 from prunetune.pipeline.compare_cell import run_cell
+from prunetune.pipeline.compare_folder import BEGUN, fingerprint
+from prunetune.pipeline.compare_request import one_shot_request
 from tests.support import tiny_folder, tiny_rows, write_rows
 
 
@@ -46,7 +52,7 @@ def test_every_combination_is_one_cell_and_references_have_no_budget(comparison_
     assert {(cell.config.mask.method, cell.config.target.kept, cell.config.seed) for cell in joint} == {
         (mask, kept, seed) for mask in ("saliency", "random") for kept in (0.6, 0.8) for seed in (0, 1)
     }
-    assert len({cell.fingerprint() for cell in cells}) == len(cells)
+    assert len({fingerprint(cell) for cell in cells}) == len(cells)
 
 
 def test_runs_of_a_comparison_leave_results_and_reports_and_are_not_run_twice(
@@ -105,8 +111,9 @@ def test_a_stopped_cell_goes_on_from_its_checkpoint(comparison_file: Path) -> No
     ],
 )
 def test_faulty_sections_are_refused(comparison_file: Path, change: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as raised:
         compare_run.read_comparison(comparison_file, [change])
+    assert len(raised.value.problems) == 1
 
 
 def test_a_run_without_the_section_is_refused(tmp_path: Path) -> None:
@@ -114,3 +121,186 @@ def test_a_run_without_the_section_is_refused(tmp_path: Path) -> None:
     path.write_text("model: smollm2-135m\ntarget: 60%\n")
     with pytest.raises(ConfigError, match="has no section `compare`"):
         compare_run.read_comparison(path, [])
+
+
+MAGNITUDE = "compare.recipes=[{one_shot: magnitude, compensation: none}]"
+MAGNITUDE_ID = "one_shot-magnitude-uniform-none-0.6-s0"
+
+
+def stub_result(cell: Cell) -> dict[str, Any]:
+    """As ``run_cell`` returns it, without running anything."""
+    numbers = {"domain_ppl": 5.0 + len(cell.label), "general_ppl": 9.0, "seconds": 1.0, "steps": 3, "peak_bytes": 10}
+    facts = {"id": cell.id, "label": cell.label, "kind": cell.kind, "kept": cell.kept, "seed": cell.seed}
+    return {**facts, **numbers, "kept_decoder": 0.6, "fingerprint": fingerprint(cell)}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cells are run here and at once; the ids of those that were."""
+    ran: list[str] = []
+
+    def here(path: Path, overrides: list[str], only: str) -> bool:
+        try:
+            compare_run.compare_recipes(path, overrides, only=only)
+        except RuntimeError:
+            return False
+        return True
+
+    def run(cell: Cell) -> dict[str, Any]:
+        ran.append(cell.id)
+        return stub_result(cell)
+
+    monkeypatch.setattr(compare_run, "_run_apart", here)
+    monkeypatch.setattr(compare_cell, "run_cell", run)
+    return ran
+
+
+def only_cell(path: Path, *changes: str) -> Cell:
+    return compare_run.read_comparison(path, [MAGNITUDE, "compare.seeds=[0]", *changes]).cells[0]
+
+
+def test_an_unfinished_cell_of_other_settings_is_thrown_away(
+    comparison_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    quick = "export.verify=false"
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_cell, "train", fails)
+        with pytest.raises(RuntimeError):
+            run_cell(only_cell(comparison_file, quick))
+    # A base that was pruned to 60% waits there; and then checkpoints that another learning rate made.
+    changes = [quick, "target.units=[mlp_channels]", "target.align=16", "train.save_every=1"]
+    assert run_cell(only_cell(comparison_file, *changes))["domain_ppl"] > 1
+    again = run_cell(only_cell(comparison_file, *changes, "train.learning_rate=0.05"))
+    assert "thrown away" in " ".join(capsys.readouterr().out.split())
+    other = f"folder={comparison_file.parent / 'fresh'}"
+    fresh = run_cell(only_cell(comparison_file, *changes, "train.learning_rate=0.05", other))
+    assert [again[name] for name in ("kept_decoder", "domain_ppl")] == [
+        fresh[name] for name in ("kept_decoder", "domain_ppl")
+    ]
+
+
+def test_the_fingerprint_knows_rows_and_base_and_options(comparison_file: Path) -> None:
+    folder = comparison_file.parent
+    before = fingerprint(only_cell(comparison_file))
+    assert fingerprint(only_cell(comparison_file)) == before
+    rows = (folder / "train.jsonl").read_text()
+    write_rows(folder / "train.jsonl", tiny_rows(10))
+    assert fingerprint(only_cell(comparison_file)) != before
+    (folder / "train.jsonl").write_text(rows)
+    assert fingerprint(only_cell(comparison_file)) == before
+    config = (folder / "model/config.json").read_text()
+    (folder / "model/config.json").write_text(config.replace("{", '{"rms_norm_eps": 0.5, ', 1))
+    assert fingerprint(only_cell(comparison_file)) != before
+    (folder / "model/config.json").write_text(config)
+    tiny_folder(folder / "model", seed=5)
+    assert fingerprint(only_cell(comparison_file)) != before
+    taylor = [
+        only_cell(comparison_file, f"compare.recipes=[{{one_shot: taylor, set: {{score.order: {order}}}}}]")
+        for order in ("first", "second")
+    ]
+    assert len({cell.id for cell in taylor}) == len({fingerprint(cell) for cell in taylor}) == 2
+    assert taylor[0].label == "one-shot taylor, uniform, refit, score.order=first"
+
+
+def test_changed_rows_are_not_taken_for_the_results_own(comparison_file: Path, quick: list[str]) -> None:
+    compare_run.compare_recipes(comparison_file, [MAGNITUDE])
+    write_rows(comparison_file.parent / "train.jsonl", tiny_rows(10))
+    with pytest.raises(ConfigError, match="other rows"):
+        compare_run.compare_recipes(comparison_file, [MAGNITUDE])
+    assert len(quick) == 2
+
+
+def test_only_one_process_runs_a_comparison_but_all_may_read_it(comparison_file: Path, quick: list[str]) -> None:
+    out = comparison_file.parent / "out"
+    with only_one(out), pytest.raises(FolderInUseError, match=str(out)):
+        compare_run.compare_recipes(comparison_file, [MAGNITUDE])
+    assert quick == []
+    with only_one(out / "cells" / MAGNITUDE_ID), pytest.raises(FolderInUseError, match=MAGNITUDE_ID):
+        compare_run.compare_recipes(comparison_file, [MAGNITUDE], only=MAGNITUDE_ID)
+    done = compare_run.compare_recipes(comparison_file, [MAGNITUDE])
+    with only_one(out):
+        assert compare_run.compare_recipes(comparison_file, [MAGNITUDE]) == done
+        assert compare_run.read_comparison(comparison_file, [MAGNITUDE]).cells
+    # One that is finished is not run again.
+    compare_run.compare_recipes(comparison_file, [MAGNITUDE], only=MAGNITUDE_ID)
+    assert len(quick) == 2
+
+
+def test_what_a_kill_left_of_a_finished_cell_is_dropped(comparison_file: Path, quick: list[str]) -> None:
+    compare_run.compare_recipes(comparison_file, [MAGNITUDE])
+    cell = comparison_file.parent / "out/cells" / MAGNITUDE_ID
+    for name in ("train", "pruned"):
+        (cell / name).mkdir(parents=True)
+    (cell / BEGUN).write_text("{}")
+    compare_run.compare_recipes(comparison_file, [MAGNITUDE])
+    assert sorted(path.name for path in cell.iterdir()) == [BEGUN]
+
+
+def test_failed_runs_are_in_the_report_and_the_command_can_be_pasted(
+    comparison_file: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(cell: Cell) -> dict[str, Any]:
+        if cell.label.startswith("joint random"):
+            raise RuntimeError("out of memory")
+        return {**stub_result(cell), "domain_ppl": math.nan if cell.kind == "one_shot" else 5.0}
+
+    monkeypatch.setattr(compare_cell, "run_cell", run)
+    overrides = ["compare.kept=[0.6, 0.8]"]
+    with pytest.raises(DataError) as raised:
+        compare_run.compare_recipes(comparison_file, overrides)
+    again = str(raised.value).partition("again: ")[2]
+    assert shlex.split(again) == ["prunetune", "compare", str(comparison_file), *overrides]
+    table = (comparison_file.parent / "out/table.md").read_text()
+    assert table.count("joint random, none (no result: failed, or still to be done)") == 2
+    assert "| diverged |" in table
+
+
+def test_compensations_are_compared_with_the_same_calibration(comparison_file: Path) -> None:
+    recipes = "compare.recipes=[{one_shot: wanda, compensation: [none, refit, mask_tuning]}]"
+    comparison_file.write_text(comparison_file.read_text() + "compensation: {method: refit, tokens: 512}\n")
+    cells = compare_run.read_comparison(comparison_file, [recipes, "compare.seeds=[0]"]).cells
+    requests = [one_shot_request(cell, "model", ()) for cell in cells]
+    assert [request.compensation for request in requests] == ["none", "refit", "mask_tuning"]
+    assert [request.tokens for request in requests] == [512, 512, 512]
+    assert all("tokens" not in request.options["compensation"] for request in requests)
+
+
+def test_options_of_a_recipe_reach_its_methods(comparison_file: Path) -> None:
+    recipe = "{one_shot: taylor, allocation: softmax, set: {score.order: first, allocation.temperature: 0.5}}"
+    [cell] = compare_run.read_comparison(comparison_file, [f"compare.recipes=[{recipe}]", "compare.seeds=[0]"]).cells
+    options = one_shot_request(cell, "model", ()).options
+    assert (options["score"], options["allocation"]) == ({"order": "first"}, {"temperature": 0.5})
+
+
+def test_a_score_takes_the_units_that_it_ranks_unless_they_are_set(comparison_file: Path) -> None:
+    recipes = "compare.recipes=[{one_shot: [block_influence, peak_to_peak]}]"
+    cells = compare_run.read_comparison(comparison_file, [recipes, "compare.seeds=[0]"]).cells
+    units = [one_shot_request(cell, "model", ()).target.units for cell in cells]
+    assert units == [("layers",), ("mlp_channels",)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("{one_shot: taylor, set: {score.oder: first}}", [], "did you mean 'order'"),
+        ("{one_shot: taylor, set: {score.order: third}}", [], "score.order"),
+        ("{one_shot: wanda, set: {allocation.temperature: 1}}", [], "'uniform' has no such option"),
+        ("{one_shot: wonda}", [], "did you mean 'wanda'"),
+        ("{one_shot: wanda, allocation: unifrom}", [], "did you mean 'uniform'"),
+        ("{joint: saliency, compensation: bias}", [], "only `prunetune prune` can"),
+        ("{one_shot: cfsp}", ["target.units=[kv_groups]"], "cfsp ranks mlp_channels, not kv_groups"),
+        ("{one_shot: wanda}", ["target.units=[hidden]"], "not hidden"),
+        ("{one_shot: wanda, set: {target.units: [layers, mlp_channels]}}", [], "take layers alone"),
+        ("{joint: apt, compensation: none}", ["target.units=[hidden]"], "apt cannot rank hidden"),
+        ("{joint: saliency, allocation: foo}", [], "joint has no `allocation`"),
+    ],
+)
+def test_what_would_fail_in_a_cell_is_refused_when_the_file_is_read(
+    comparison_file: Path, recipe: str, changes: list[str], message: str
+) -> None:
+    changes = [*changes, *(["target.align=64"] if changes == ["target.units=[kv_groups]"] else [])]
+    with pytest.raises(ConfigError, match=message):
+        compare_run.read_comparison(comparison_file, [f"compare.recipes=[{recipe}]", *changes])

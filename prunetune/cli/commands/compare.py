@@ -23,13 +23,14 @@ def compare(
 ) -> None:
     """Run recipes on the same data, budget, steps and seeds, one process each; finished ones are not run again."""
     from prunetune.core.console import console
-    from prunetune.pipeline.compare_run import compare_recipes, read_comparison
+    from prunetune.pipeline.compare_run import budget, compare_recipes, read_comparison
     from prunetune.report.comparison import comparison_table
 
     if dry:
         for cell in read_comparison(config, overrides or []).cells:
-            budget = "" if cell.kept is None else f", {cell.kept:.0%} kept"
-            console().print(f"{cell.id}  ({cell.label}{budget}, seed {cell.seed})", highlight=False, soft_wrap=True)
+            console().print(
+                f"{cell.id}  ({cell.label}{budget(cell)}, seed {cell.seed})", highlight=False, soft_wrap=True
+            )
         return
     results = compare_recipes(config, overrides or [], only=only)
     if only is None:
