@@ -107,7 +107,7 @@ class OutputJudge:
 
     @torch.no_grad()
     def _dense_pass(self, inputs: Sequence[list[Tensor]]) -> list[Tensor]:
-        """Final hidden states of each batch, nothing removed; adds layers' inputs to ``inputs``, if it has any lists."""
+        """Final hidden states of each batch, nothing removed; adds the layers' inputs to ``inputs``, if there."""
 
         def keep(found: list[Tensor]) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
