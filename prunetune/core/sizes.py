@@ -19,20 +19,21 @@ _BYTES = {
 _AMOUNT = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z%]*)\s*$", re.IGNORECASE)
 
 
-def _split(text: str | int | float) -> tuple[float, str]:
+def _split(text: str | int | float, wanted: str) -> tuple[float, str]:
     match = _AMOUNT.match(str(text))
     if not match or math.isinf(float(match.group(1))):
-        raise ValueError(f"{text!r} is not an amount")
+        raise ValueError(f"{text!r} is not {wanted}")
     return float(match.group(1)), match.group(2).lower()
 
 
 def parse_fraction(text: str | int | float) -> float:
     """``"60%"`` or ``0.6`` as 0.6. A bare number above 1 is refused: 60 could mean 60% or a slip."""
-    value, unit = _split(text)
+    wanted = "a fraction; write 60% or 0.6"
+    value, unit = _split(text, wanted)
     if unit == "%":
         return value / 100
     if unit:
-        raise ValueError(f"{text!r} is not a fraction; write 60% or 0.6")
+        raise ValueError(f"{text!r} is not {wanted}")
     if value > 1:
         raise ValueError(f"{text!r} is not a fraction; write {text}% or a number between 0 and 1")
     return value
@@ -40,17 +41,19 @@ def parse_fraction(text: str | int | float) -> float:
 
 def parse_count(text: str | int | float) -> int:
     """``"90M"`` as 90_000_000; K, M and B are powers of ten."""
-    value, unit = _split(text)
+    wanted = "a count; write for example 90M or 1.2B"
+    value, unit = _split(text, wanted)
     if unit not in _COUNT:
-        raise ValueError(f"{text!r} is not a count; write for example 90M or 1.2B")
+        raise ValueError(f"{text!r} is not {wanted}")
     return round(value * _COUNT[unit])
 
 
 def parse_bytes(text: str | int | float) -> int:
     """``"180MB"`` as 180_000_000; MB and GB are powers of ten, MiB and GiB of two."""
-    value, unit = _split(text)
+    wanted = "a size; write for example 180MB or 1.5GiB"
+    value, unit = _split(text, wanted)
     if unit not in _BYTES:
-        raise ValueError(f"{text!r} is not a size; write for example 180MB or 1.5GiB")
+        raise ValueError(f"{text!r} is not {wanted}")
     return round(value * _BYTES[unit])
 
 

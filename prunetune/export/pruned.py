@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from prunetune.core.console import note
-from prunetune.core.errors import ExportError, UnsupportedModelError
+from prunetune.core.errors import ExportError
 from prunetune.core.files import new_folder, write_json
 from prunetune.core.records import ExportedModel
 from prunetune.core.sizes import format_bytes
@@ -56,9 +56,6 @@ class PrunedExport:
         bias_fields: config fields that are switched on because the compensation gives consumers a bias.
         dtype: of the weights: float32, bfloat16 or float16. shard_size: bytes of a weights file at most.
         device: where the check computes.
-
-    Raises:
-        UnsupportedModelError: the base is quantised.
     """
 
     base: Path
@@ -68,12 +65,6 @@ class PrunedExport:
     dtype: str = "bfloat16"
     shard_size: int = 10**9
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def __post_init__(self) -> None:
-        if "quantization_config" in self.surgery.arch.config:
-            raise UnsupportedModelError(
-                f"the base {self.base} is quantised: rows cannot be cut out of it. Take the unquantised model"
-            )
 
     def write(
         self,

@@ -16,7 +16,7 @@ Kept = Mapping[str, Sequence[int]]
 
 
 class Judge(Protocol):
-    """Runs the model with units removed, on rows that no score has seen."""
+    """Runs the model with units removed, on rows that no score has seen, unless there is only one."""
 
     def divergence(self, kept: Kept, share: float = 1.0, *, symmetric: bool = False) -> float:
         """How far the next-token distributions move, in nats, mean over tokens.

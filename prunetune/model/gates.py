@@ -29,8 +29,8 @@ class GateStatistics:
 
     Args:
         grad: site -> (U,) float32, d loss / d gate.
-        square: site -> (U,) float32, sum over tokens of the squared per-token gate gradient; empty unless the
-            GateSet was asked to record it. Losses of different tokens add up to the step's loss.
+        square: site -> (U,) float32, sum over positions of the square of what each adds to the gate gradient; empty
+            unless the GateSet was asked to record it. A position adds to the losses of all tokens after it too.
     """
 
     grad: dict[str, Tensor]
@@ -38,7 +38,7 @@ class GateStatistics:
 
 
 class _Gate(torch.autograd.Function):
-    """y = x * gate, with the gate's gradient reduced in float32 and, if asked, its per-token squares.
+    """y = x * gate, with the gate's gradient reduced in float32 and, if asked, its positions' squares.
 
     ``product`` is the autograd node that made x as a product of two tensors which the graph keeps anyway: then x
     is multiplied again in backward, bit for bit, instead of being kept beside y.
@@ -102,7 +102,7 @@ class GateSet:
     Args:
         model: the plain transformers model (for a PeftModel, its ``get_base_model()``).
         sites: the sites to gate.
-        record_squares: also sum per-token squared gradients (a little slower).
+        record_squares: also sum the squares of what each position adds to the gradient (a little slower).
         recompute: multiply an MLP's two halves again in backward rather than keep their product too. Only where
             nothing else hooks saved tensors: activation checkpointing and offloading hand each out only once.
 

@@ -1,7 +1,7 @@
 """What calibration tokens say about one decoder layer: moments of what reaches its consumers, and what it changes.
 
 Sums are merged over batches in float64 and kept in float32; padding never comes here. Which passes are made and where
-the results are kept is decided in calibration_cache.py.
+the results are kept is decided in sequential.py.
 Legend: T tokens, F inputs of a linear, H query heads, K KV groups, B batch, S sequence, D hidden.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,14 +137,15 @@ class LayerCollector:
 
     Args:
         arch: the dense model. layer: the module, in memory.
-        products: also collect x x^T of the consumers' inputs.
+        products: consumers of whose inputs x x^T is collected too.
     """
 
-    def __init__(self, arch: Architecture, layer: nn.Module, *, products: bool):
+    def __init__(self, arch: Architecture, layer: nn.Module, *, products: Collection[str] = ()):
         self._arch = arch
         self._modules: dict[str, Any] = {role: layer.get_submodule(arch.family.modules[role]) for role in CONSUMERS}
         self._moments = {
-            role: RunningMoments(module.in_features, products=products) for role, module in self._modules.items()
+            role: RunningMoments(module.in_features, products=role in products)
+            for role, module in self._modules.items()
         }
         self._heads = torch.zeros(arch.query_heads, dtype=torch.float64)
         self._groups = torch.zeros(arch.kv_groups, dtype=torch.float64)

@@ -40,11 +40,11 @@ class OutputJudge:
         self._path = layers
         self._layers = list(model.get_submodule(layers))
         # Layers before the first that loses anything need not be run again, where their outputs fit in memory.
-        self._inputs: list[list[Tensor]] | None = None
         hidden_bytes = sum(ids.numel() for ids in self._batches) * model.config.hidden_size * 4
-        self._dense, inputs = self._dense_pass()
-        if hidden_bytes * len(self._layers) <= _KEPT_BYTES:
-            self._inputs = inputs
+        fits = hidden_bytes * len(self._layers) <= _KEPT_BYTES
+        # Every layer's inputs of each batch.
+        self._inputs: list[list[Tensor]] | None = [[] for _ in self._layers] if fits else None
+        self._dense = self._dense_pass(self._inputs or [])
         self._head, self._softcap = output_head(model), logit_softcap(model.config)
 
     def divergence(self, kept: Mapping[str, Sequence[int]], share: float = 1.0, *, symmetric: bool = False) -> float:
@@ -106,22 +106,21 @@ class OutputJudge:
         return change
 
     @torch.no_grad()
-    def _dense_pass(self) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """(final hidden states of each batch, every layer's inputs of each batch), nothing removed."""
-        inputs: list[list[Tensor]] = [[] for _ in self._layers]
+    def _dense_pass(self, inputs: Sequence[list[Tensor]]) -> list[Tensor]:
+        """Final hidden states of each batch, nothing removed; adds the layers' inputs to ``inputs``, if there."""
 
-        def keep(index: int) -> Any:
+        def keep(found: list[Tensor]) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                inputs[index].append(args[0] if args else kwargs["hidden_states"])
+                found.append(args[0] if args else kwargs["hidden_states"])
 
             return hook
 
         handles = [
-            layer.register_forward_pre_hook(keep(index), with_kwargs=True) for index, layer in enumerate(self._layers)
+            layer.register_forward_pre_hook(keep(found), with_kwargs=True) for layer, found in zip(self._layers, inputs)
         ]
         try:
             with evaluating(self.model):
-                return [hidden_states(self.model, ids_BS)[1] for ids_BS in self._batches], inputs
+                return [hidden_states(self.model, ids_BS)[1] for ids_BS in self._batches]
         finally:
             for handle in handles:
                 handle.remove()

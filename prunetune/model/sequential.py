@@ -8,8 +8,7 @@ Legend: B batch, S sequence.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from prunetune.core.console import console
 from prunetune.core.errors import DataError
-from prunetune.core.files import free_bytes, read_json, write_json
+from prunetune.core.files import disk_is_full, free_bytes, new_file, read_json, write_json
 from prunetune.core.sizes import format_bytes
 from prunetune.model.architecture import Architecture
-from prunetune.model.layer_statistics import CONSUMERS, LayerCollector, LayerStatistics
+from prunetune.model.layer_statistics import LayerCollector, LayerStatistics
 from prunetune.model.layer_stream import LayerStream
 
 FACTS_FILE = "calibration.json"
@@ -51,18 +50,20 @@ class Calibration:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(known, dict(facts))
 
-    def missing(self, *, products: bool) -> int | None:
-        """The first layer without statistics (or without products, if they are asked for); None: all are there."""
-        names = ("layer", "products") if products else ("layer",)
+    def missing(self, *, products: Collection[str] = ()) -> int | None:
+        """The first layer without statistics, or without products of one of these consumers; None: all are there."""
+        names = ("layer", *map(_products, products))
         return next((i for i in range(self.arch.layers) if not all(self._file(n, i).is_file() for n in names)), None)
 
-    def run(self, make_stream: Callable[[], LayerStream], batches: Sequence[Tensor], *, products: bool) -> None:
+    def run(
+        self, make_stream: Callable[[], LayerStream], batches: Sequence[Tensor], *, products: Collection[str] = ()
+    ) -> None:
         """Runs the layers that are missing.
 
         Args:
             make_stream: the model; called only if there is something to run.
             batches: token ids (B, S), no padding.
-            products: also keep x x^T of the consumers' inputs, which compensations fit weights to.
+            products: consumers of whose inputs x x^T is kept too, which compensations fit weights to.
 
         Raises:
             DataError: the disk is full.
@@ -77,7 +78,7 @@ class Calibration:
         for index in track(range(start, self.arch.layers), shown, console=console(), transient=True):
             hidden = self._one(stream, index, hidden, products)
 
-    def _one(self, stream: LayerStream, index: int, hidden: list[Tensor], products: bool) -> list[Tensor]:
+    def _one(self, stream: LayerStream, index: int, hidden: list[Tensor], products: Collection[str]) -> list[Tensor]:
         """Runs one layer; the hidden states are replaced batch by batch, so that they exist once."""
         with stream.layer(index) as module:
             collector = LayerCollector(self.arch, module, products=products)
@@ -87,9 +88,9 @@ class Calibration:
                     collector.add_change(before_BSD.to(stream.device), after_BSD)
                     hidden[place] = after_BSD.cpu()
         tensors = collector.result().tensors()
-        matrices = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".products")}
-        if matrices:
-            self._write("products", index, matrices)
+        for role in products:
+            name = f"{role}.products"
+            self._write(_products(role), index, {name: tensors.pop(name)})
         if index + 1 < self.arch.layers:
             self._write("hidden", index + 1, {str(place): h_BSD for place, h_BSD in enumerate(hidden)})
         # Last, because its presence says that the layer is done.
@@ -100,13 +101,13 @@ class Calibration:
     def _hidden(self, start: int, stream: LayerStream, batches: Sequence[Tensor]) -> tuple[int, list[Tensor]]:
         """(layer to go on with, its inputs): those that a stopped pass left, or the embeddings."""
         left = self._file("hidden", start)
-        if start and left.is_file():
-            try:
-                tensors = load_file(left)
-                return start, [tensors[str(place)] for place in range(len(batches))]
-            except (SafetensorError, KeyError) as error:
-                raise _damaged(left, error) from error
-        return 0, [h_BSD.cpu() for h_BSD in stream.embed(batches)]
+        try:
+            tensors = load_file(left)
+            return start, [tensors[str(place)] for place in range(len(batches))]
+        except FileNotFoundError:
+            return 0, [h_BSD.cpu() for h_BSD in stream.embed(batches)]
+        except (SafetensorError, KeyError) as error:
+            raise _damaged(left, error) from error
 
     def statistics(self, layer: int) -> LayerStatistics:
         """What was found for a layer, without products.
@@ -126,7 +127,7 @@ class Calibration:
         Raises:
             DataError: the file is damaged.
         """
-        path = self._file("products", layer)
+        path = self._file(_products(role), layer)
         try:
             with safe_open(path, framework="pt") as file:
                 found: Tensor = file.get_tensor(f"{role}.products")
@@ -138,29 +139,33 @@ class Calibration:
         return self.folder / f"{kind}-{layer:05d}.safetensors"
 
     def _write(self, kind: str, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        path = self._file(kind, layer)
-        temporary = path.with_suffix(".partial")
+        # Another process may be writing the same file: both have the same numbers, and each a file of its own.
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-            os.replace(temporary, path)
+            with new_file(self._file(kind, layer)) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            advice = "make room" if disk_is_full(error) else "look at its disk and rights"
             raise DataError(
-                f"calibration stopped at layer {layer}: {error}. What is finished is in {self.folder}; make room and "
+                f"calibration stopped at layer {layer}: {error}. What is finished is in {self.folder}; {advice} and "
                 "run the same command again to go on"
             ) from error
 
-    def _require_space(self, tokens: int, products: bool) -> None:
+    def _require_space(self, tokens: int, products: Collection[str]) -> None:
         arch = self.arch
         widths = {"o": arch.query_heads * arch.head_dim, "down": arch.mlp_channels}
         needed = 2 * 4 * tokens * arch.hidden_size
-        needed += arch.layers * sum(4 * widths[role] ** 2 for role in CONSUMERS) if products else 0
+        needed += arch.layers * sum(4 * widths[role] ** 2 for role in products)
         free = free_bytes(self.folder)
         if needed > free:
             raise DataError(
                 f"the calibration needs about {format_bytes(needed)} at {self.folder} and {format_bytes(free)} is "
                 "free; make room, name another folder with --cache, take fewer --tokens, or --compensation none"
             )
+
+
+def _products(role: str) -> str:
+    """Kind of the files of one consumer's products."""
+    return f"products-{role}"
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

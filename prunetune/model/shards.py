@@ -6,6 +6,7 @@ What the tensors mean is not decided here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunetune.core.errors import UnsupportedModelError
-from prunetune.core.files import write_json
+from prunetune.core.files import sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,6 +144,11 @@ class ShardReader:
     def names(self) -> list[str]:
         """All tensor names, in file order."""
         return list(self.entries)
+
+    def digest(self) -> str:
+        """Hex digest of everything in the weights files; takes about as long as reading them."""
+        files = sorted({entry.file for entry in self.entries.values()})
+        return hashlib.sha256("".join(sha256(self.folder / file) for file in files).encode()).hexdigest()
 
     def size_bytes(self) -> int:
         """Bytes of all tensors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,19 @@ class CalibrationRows:
         found = token_rows(tokenizer, [examples[int(i)] for i in np.sort(some)], max_length)
         order = stream(seed, "calibration").permutation(len(found))
         most = int(JUDGED_SHARE * len(found)) or min(1, len(found) - 1)
-        self.judged = [found[int(i)] for i in order[::-1][: _enough(found, order[::-1], judge_tokens, most)]]
-        self._pool = [found[int(i)] for i in order[: len(found) - len(self.judged)]]
-        if not self.judged:
-            # A single row has to serve for both.
-            self.judged = self._pool
+        self._apart = [found[int(i)] for i in order[::-1][: _enough(found, order[::-1], judge_tokens, most)]]
+        self._pool = [found[int(i)] for i in order[: len(found) - len(self._apart)]]
         available = sum(len(row.input_ids) for row in self._pool)
         if available < tokens:
             warn(f"calibration has {available} tokens, fewer than the {tokens} asked for; give more rows")
+
+    @cached_property
+    def judged(self) -> list[TokenRow]:
+        """Rows to judge decisions on; in no draw, unless there is a single row, which has to serve for both."""
+        if self._apart:
+            return self._apart
+        warn("one row of calibration: cuts are judged on the row that scores have seen; give more rows")
+        return self._pool
 
     def draw(self, number: int = 0) -> list[TokenRow]:
         """One sample of calibration rows; draws differ in their order, and so in their rows if there are enough."""
@@ -73,7 +79,7 @@ class CalibrationRows:
 
     def digest_of_all(self) -> str:
         """Hex digest of everything that any draw or the judging sees."""
-        return _digest([*self._pool, *self.judged])
+        return _digest([*self._pool, *self._apart])
 
 
 def _digest(rows: Sequence[TokenRow]) -> str:

@@ -12,6 +12,11 @@ from prunetune.core.errors import Problem
 from prunetune.methods.allocation import Allocation, build_allocation, check_allocation
 from prunetune.methods.compensation import Compensation, build_compensation, check_compensation
 from prunetune.methods.scores import SCORES, check_score
+from prunetune.model.budget import DTYPE_BYTES
+from prunetune.model.units import LAYERS_SITE
+
+# The smallest values that mean something.
+LEAST = {"tokens": 1, "judge_tokens": 1, "max_length": 8, "shard_size": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class PruneRequest:
             *check_allocation(self.allocation, of["allocation"]),
             *check_compensation(self.compensation, of["compensation"], one_shot=True),
         ]
+        found += self._settings_problems()
         if "tokens" in of["compensation"]:
             found.append(Problem("pruning in one shot takes its calibration tokens from --tokens", "compensation"))
         units = set(self.target.units)
@@ -79,6 +85,25 @@ class PruneRequest:
                 found.append(Problem(f"{name} looks at real inputs; name a file of rows", f"{section}: --calibration"))
         return found
 
+    def _settings_problems(self) -> list[Problem]:
+        """Those of single settings."""
+        found = [
+            Problem(f"{value} is too small; set at least {least}", f"--{name.replace('_', '-')}")
+            for name, least in LEAST.items()
+            if (value := getattr(self, name)) < least
+        ]
+        if self.dtype not in DTYPE_BYTES:
+            found.append(Problem(f"{self.dtype} is not {' or '.join(DTYPE_BYTES)}", "--dtype"))
+        if self.out.exists() and not self.replace:
+            message = f"{self.out} exists; name another folder, or add --overwrite to replace an earlier export"
+            found.append(Problem(message, "--out"))
+        return found
+
+    @property
+    def compensates(self) -> bool:
+        """Whether any linear can lose inputs, which is what a compensation is about; layers leave whole."""
+        return set(self.target.units) != {LAYERS_SITE}
+
     def built(self) -> tuple[Compensation, Allocation]:
         """The compensation and the allocation."""
         compensation = build_compensation(self.compensation, self.options.get("compensation", {}), one_shot=True)
@@ -88,10 +113,11 @@ class PruneRequest:
         """(section, method, whether it needs rows)."""
         compensation, allocation = self.built()
         score = SCORES.get(self.score)
+        looks = bool(compensation.tokens) or compensation.makes_bias
         return [
             ("score", self.score, bool(score.needs - {"weights"})),
             ("allocation", self.allocation, allocation.needs_model),
-            ("compensation", self.compensation, bool(compensation.tokens) or compensation.makes_bias),
+            ("compensation", self.compensation, self.compensates and looks),
         ]
 
 
@@ -99,4 +125,4 @@ def default_units(score: str) -> tuple[str, ...]:
     """The kinds of units that are pruned if nobody says: the usual ones that the score can rank, or whole layers."""
     usual = TargetConfig.model_fields["units"].default
     kinds = SCORES.get(score).kinds
-    return tuple(kind for kind in usual if kind in kinds) or ("layers",)
+    return tuple(kind for kind in usual if kind in kinds) or (LAYERS_SITE,)

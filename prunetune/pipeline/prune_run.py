@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -21,8 +21,10 @@ from transformers import AutoConfig
 
 from prunetune.core.console import console, note
 from prunetune.core.errors import ConfigError, UnsupportedModelError
+from prunetune.core.files import new_file
 from prunetune.core.records import ExportedModel
 from prunetune.export.pruned import PrunedExport
+from prunetune.export.write import refuse_existing
 from prunetune.methods.allocation import uniform_widths
 from prunetune.methods.allocation._problem import problem_of
 from prunetune.methods.scores import (
@@ -33,10 +35,10 @@ from prunetune.methods.scores import (
     Score,
     ScoreContext,
     build_score,
+    consumer,
 )
 from prunetune.model.architecture import describe
 from prunetune.model.budget import Budget, Shape, decoder_params, describe_kept, full_shape
-from prunetune.model.delta_file import base_fingerprint
 from prunetune.model.layer_statistics import CONSUMERS
 from prunetune.model.layer_stream import LayerStream, Weights
 from prunetune.model.legality import bias_fields
@@ -46,6 +48,7 @@ from prunetune.model.resolve import resolve_model
 from prunetune.model.sequential import Calibration, batches_of
 from prunetune.model.shards import ShardReader
 from prunetune.model.surgery import Surgery
+from prunetune.model.units import LAYERS_SITE
 from prunetune.pipeline.calibration_rows import CalibrationRows
 from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.prune_request import PruneRequest
@@ -54,6 +57,9 @@ from prunetune.pipeline.remembered_judge import RememberedJudge
 
 # Tokens of one forward pass through one layer.
 BATCH_TOKENS = 4096
+NOTHING = "none"
+# Keys of config.json that change no number of a forward pass in a dtype that is chosen here.
+COSMETIC = frozenset({"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"})
 
 
 def prune_once(request: PruneRequest) -> ExportedModel:
@@ -73,7 +79,17 @@ def prune_once(request: PruneRequest) -> ExportedModel:
     quiet_libraries()
     if problems := request.problems():
         raise ConfigError(problems)
-    return _Pruning(request).run()
+    refuse_existing(request.out, request.replace)
+    return _Pruning(_compensated(request)).run()
+
+
+def _compensated(request: PruneRequest) -> PruneRequest:
+    """The request, without a compensation where there is nothing to compensate."""
+    if request.compensates or request.compensation == NOTHING:
+        return request
+    note(f"compensation {NOTHING}, not {request.compensation}: layers leave whole, so no linear loses inputs")
+    options = {section: given for section, given in request.options.items() if section != "compensation"}
+    return replace(request, compensation=NOTHING, options=options)
 
 
 class _Pruning:
@@ -82,6 +98,10 @@ class _Pruning:
     def __init__(self, request: PruneRequest):
         self.request = request
         self.prepared = resolve_model(request.model)
+        if "quantization_config" in self.prepared.config:
+            raise UnsupportedModelError(
+                f"the base {request.model} is quantised: rows cannot be cut out of it. Take the unquantised model"
+            )
         self.arch = describe(self.prepared.config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compensation, self.allocation = request.built()
@@ -89,12 +109,12 @@ class _Pruning:
         context = ScoreContext(self.arch, self.planner.sites, request.seed)
         self.score: Score = build_score(request.score, request.options.get("score", {}), context)
 
-    def _bias_fields(self, roles: set[str]) -> dict[str, Any]:
+    def _bias_fields(self, roles: Iterable[str]) -> dict[str, Any]:
         """Config fields that give a bias to these consumers, if the compensation wants one."""
         if not self.compensation.makes_bias:
             return {}
         found: dict[str, Any] = {}
-        for role in sorted(roles):
+        for role in sorted(set(roles)):
             fields = bias_fields(self.arch, role)
             if fields is None:
                 raise UnsupportedModelError(
@@ -108,8 +128,7 @@ class _Pruning:
     def _planner(self) -> Planner:
         """The planner of the target; biases that are added count."""
         request, family = self.request, self.arch.family
-        kinds = set(request.target.units) - {"layers"}
-        added = self._bias_fields({"down" if kind == "mlp_channels" else "o" for kind in kinds})
+        added = self._bias_fields(self._consumers)
         if not added:
             return Planner(self.arch, request.target, request.dtype)
         arch = replace(
@@ -138,7 +157,7 @@ class _Pruning:
             self.prepared.folder,
             surgery,
             self._compensate,
-            self._bias_fields({self._place(path)[1] for path, cut in surgery.cuts.items() if cut.columns is not None}),
+            self._bias_fields(self._place(path)[1] for path, cut in surgery.cuts.items() if cut.columns is not None),
             self.request.dtype,
             self.request.shard_size,
             self.device,
@@ -188,8 +207,9 @@ class _Pruning:
     def calibration(self) -> Calibration:
         """The statistics' folder, named by everything that they depend on."""
         facts = {
-            "format": "prunetune-calibration-1",
-            "base": base_fingerprint(ShardReader(self.prepared.folder)),
+            "format": "prunetune-calibration-2",
+            "weights": ShardReader(self.prepared.folder).digest(),
+            "config": {name: value for name, value in self.prepared.config.items() if name not in COSMETIC},
             "rows": self.rows.digest(),
             "dtype": str(self.compute_dtype),
         }
@@ -216,7 +236,7 @@ class _Pruning:
 
     def _calibrate(self) -> None:
         """Makes the statistics that the score and the compensation read, unless they are there."""
-        products = bool(self.compensation.tokens)
+        products = self._consumers if self.compensation.tokens else ()
         if not (products or self.compensation.makes_bias or self._measures):
             return
         if self.calibration.missing(products=products) is None:
@@ -225,6 +245,12 @@ class _Pruning:
         batches = batches_of([row.input_ids for row in self.rows.draw()], BATCH_TOKENS)
         self.calibration.run(self._stream, batches, products=products)
         note(f"calibration: kept in {self.calibration.folder} for another size or score; delete it when done")
+
+    @property
+    def _consumers(self) -> list[str]:
+        """Roles of the linears that may lose inputs."""
+        kinds = set(self.request.target.units) - {LAYERS_SITE}
+        return sorted({consumer(self.arch, kind) for kind in kinds})
 
     @property
     def _measures(self) -> bool:
@@ -260,6 +286,8 @@ class _Pruning:
         if score.priced:
             facts += [request.target.model_dump(mode="json"), request.allocation, request.compensation]
             facts += [self.allocation.options.model_dump(mode="json")]
+            # Which budget a size in bytes means depends on the dtype.
+            facts += [self.planner.budget.metric, self.planner.budget.limit, request.dtype]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         path = self.calibration.folder / f"scores-{request.score}-{name}.safetensors"
         if path.is_file():
@@ -267,8 +295,8 @@ class _Pruning:
             return load_file(path)
         score.collect(ModelFacts(self.model, self.rows.draw, lambda: self.judge, self._price))
         found = score.scores()
-        save_file(found, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        with new_file(path) as temporary:
+            save_file(found, temporary)
         return found
 
     def _price(self, scores: Mapping[str, Tensor]) -> float:

@@ -43,6 +43,8 @@ class RememberedJudge:
     def _answer(self, key: str, ask: Callable[[], Any]) -> Any:
         if key not in self._known:
             self._known[key] = ask()
+            # What another process has found meanwhile stays.
+            self._known |= read_json(self._path) if self._path.is_file() else {}
             write_json(self._path, self._known)
         return self._known[key]
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from prunetune.methods.scores import LayerFacts, LayerScore, ModelFacts, ModelScore, Score, ScoreContext, build_score
 from prunetune.model.architecture import Architecture, describe
+from prunetune.model.layer_statistics import CONSUMERS
 from prunetune.model.layer_stream import LayerStream, Weights
 from prunetune.model.output_judge import OutputJudge
 from prunetune.model.sequential import Calibration, batches_of
@@ -65,7 +66,7 @@ def world(model_type: str = "llama") -> World:
     def make() -> LayerStream:
         return LayerStream(config, weights, torch.device("cpu"), torch.float32)
 
-    calibration.run(make, batches_of([row.input_ids for row in rows], 64), products=True)
+    calibration.run(make, batches_of([row.input_ids for row in rows], 64), products=CONSUMERS)
     return World(model, arch, rows, calibration)
 
 

@@ -12,6 +12,8 @@ NAMES = ALLOCATIONS.names()
 by_name = pytest.mark.parametrize("name", NAMES)
 UNITS = [("mlp_channels",), ("mlp_channels", "kv_groups"), ("mlp_channels", "query_heads"), ("layers",)]
 by_units = pytest.mark.parametrize("units", UNITS, ids="+".join)
+# The least that a pair of kinds can be cut to is where a balance has to give way.
+BUDGETS = [(units, kept) for units in UNITS for kept in (0.55, 0.7, 0.9)] + [(UNITS[1], 0.3), (UNITS[2], 0.37)]
 FAST = {"evolutionary": {"generations": 3, "offspring": 4}}
 
 
@@ -45,12 +47,13 @@ def test_docstring_and_facts(name):
     assert all(field.description for field in kind.Options.model_fields.values())
 
 
-@pytest.mark.parametrize("measure", ["loss", "local", "standard"])
-@pytest.mark.parametrize("kept", [0.55, 0.7, 0.9])
-@by_units
+@pytest.mark.parametrize(
+    ("measure", "balance"), [("loss", None), ("loss", 3.36), ("loss", 0.3), ("local", None), ("standard", None)]
+)
+@pytest.mark.parametrize(("units", "kept"), BUDGETS)
 @by_name
-def test_counts_are_legal_and_fill_the_budget(name, units, kept, measure):
-    problem = tiny_problem(units, kept, measure=measure)
+def test_counts_are_legal_and_fill_the_budget(name, units, kept, measure, balance):
+    problem = tiny_problem(units, kept, measure=measure, balance=balance)
     counts = decide(name, problem)
     assert counts.keys() == {place.name for place in problem.places}
     assert all(counts[place.name] in place.choices for place in problem.places)

@@ -92,6 +92,15 @@ def test_printing(function, value, text):
     assert function(value) == text
 
 
+@pytest.mark.parametrize(
+    ("parse", "form"), [(parse_fraction, "60% or 0.6"), (parse_count, "90M or 1.2B"), (parse_bytes, "180MB or 1.5GiB")]
+)
+@pytest.mark.parametrize("text", ["foo", "-5", "1e999", "60 x"])
+def test_whatever_is_refused_the_form_is_said(parse, form, text):
+    with pytest.raises(ValueError, match=f"^'{text}' is not a .* {form}$"):
+        parse(text)
+
+
 @given(st.integers(0, 100))
 def test_percentages_come_back(percent):
     assert parse_fraction(f"{percent}%") == percent / 100

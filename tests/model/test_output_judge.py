@@ -7,7 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from prunetune.model import output_judge
 from prunetune.model.output_judge import OutputJudge
 from prunetune.model.plan import Plan
 from prunetune.model.surgery import slice_model
@@ -57,6 +59,23 @@ def test_layers_before_the_first_change_are_not_run_again(monkeypatch: pytest.Mo
     assert judge.divergence(kept) == found, "to the bit what the whole model gives"
     assert set(runs) == {0, 1, 2}
     assert len(model.model.layers) == 3
+
+
+def test_inputs_that_would_not_fit_are_not_kept_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, arch = tiny_model(), tiny_arch()
+    kept = {"layers": (0, 2)}
+    found = OutputJudge(model, sites(arch, ["layers"]), BATCHES).divergence(kept)
+    hooked: list[nn.Module] = []
+    register = nn.Module.register_forward_pre_hook
+    monkeypatch.setattr(
+        nn.Module,
+        "register_forward_pre_hook",
+        lambda self, *args, **kwargs: (hooked.append(self), register(self, *args, **kwargs))[1],
+    )
+    monkeypatch.setattr(output_judge, "_KEPT_BYTES", 1)
+    judge = OutputJudge(model, sites(arch, ["layers"]), BATCHES)
+    assert not hooked
+    assert judge.divergence(kept) == found
 
 
 def test_the_model_is_left_without_hooks() -> None:

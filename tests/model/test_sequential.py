@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import torch
 from transformers import AutoConfig
 
 from prunetune.core.errors import DataError
+from prunetune.model import sequential
 from prunetune.model.architecture import describe
-from prunetune.model.layer_statistics import RunningMoments
+from prunetune.model.layer_statistics import CONSUMERS, RunningMoments
 from prunetune.model.layer_stream import LayerStream, Weights
 from prunetune.model.sequential import Calibration, batches_of
 from prunetune.model.shards import ShardReader
@@ -34,7 +37,7 @@ def calibration(place: Path, name: str = "cache") -> Calibration:
     return Calibration(place / name, arch, {"rows": "these"})
 
 
-def run(place: Path, name: str = "cache", *, products: bool = False, most: int = 64) -> Calibration:
+def run(place: Path, name: str = "cache", *, products: Collection[str] = (), most: int = 64) -> Calibration:
     found = calibration(place, name)
     found.run(lambda: stream_of(place), batches_of(ROWS, most), products=products)
     return found
@@ -99,8 +102,10 @@ def test_how_rows_are_batched_changes_rounding_only(place: Path) -> None:
         assert abs(left.cosine - right.cosine) < 1e-6
 
 
-@pytest.mark.parametrize("products", [False, True])
-def test_a_stopped_pass_goes_on_to_the_same_bits(products: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("products", [(), ("o", "down")])
+def test_a_stopped_pass_goes_on_to_the_same_bits(
+    products: Collection[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run(place, "whole", products=products)
     loaded: list[int] = []
     layer = LayerStream.layer
@@ -121,15 +126,16 @@ def test_a_stopped_pass_goes_on_to_the_same_bits(products: bool, place: Path, mo
 
 def test_nothing_is_run_twice_and_products_can_be_had_later(place: Path) -> None:
     found = run(place)
-    assert found.missing(products=False) is None
-    assert found.missing(products=True) == 0
+    assert found.missing() is None
+    assert found.missing(products=["down"]) == 0
     before = contents(found.folder)
-    found.run(refuse, batches_of(ROWS, 64), products=False)
-    again = run(place, products=True)
-    assert again.missing(products=True) is None
+    found.run(refuse, batches_of(ROWS, 64))
+    again = run(place, products=["down"])
+    assert again.missing(products=["down"]) is None
+    assert again.missing(products=["o", "down"]) == 0, "those of one consumer are not those of the other"
     after = contents(again.folder)
     assert {name: after[name] for name in before} == before
-    again.run(refuse, [], products=True)
+    again.run(refuse, [], products=["down"])
     assert not list(found.folder.glob("hidden*")), "hidden states go when the pass is done"
 
 
@@ -140,10 +146,43 @@ def test_a_folder_of_another_calibration_is_refused(place: Path) -> None:
         Calibration(place / "cache", arch, {"rows": "others"})
 
 
+def test_two_processes_may_make_the_same_calibration_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, saved = run(place, "whole", products=["down"]), []
+    save_file = sequential.save_file
+
+    def and_the_other_does_all(tensors: Any, path: Path) -> None:
+        save_file(tensors, path)
+        saved.append(path)
+        if len(saved) == 1:
+            run(place, products=["down"])
+
+    monkeypatch.setattr(sequential, "save_file", and_the_other_does_all)
+    assert contents(run(place, products=["down"]).folder) == contents(whole.folder)
+
+
+def test_hidden_states_that_another_process_used_up_are_made_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(place, "whole")
+    again = run(place)
+    again._file("layer", 2).unlink()
+    again._file("hidden", 2).touch()
+    load_file = sequential.load_file
+    monkeypatch.setattr(sequential, "load_file", lambda path: (path.unlink(), load_file(path))[1])
+    assert contents(run(place).folder) == contents(whole.folder)
+
+
+def test_what_cannot_be_written_is_said_with_what_to_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, advice in ((OSError(28, "No space left on device"), "make room"), (PermissionError(), "rights")):
+        monkeypatch.setattr(sequential, "save_file", Mock(side_effect=error))
+        with pytest.raises(DataError, match=f"calibration stopped at layer .*{advice} and run the same command"):
+            run(place)
+
+
 @pytest.fixture
 def damaged(place: Path) -> Calibration:
-    found = run(place, products=True)
-    for kind in ("layer", "products"):
+    found = run(place, products=CONSUMERS)
+    for kind in ("layer", "products-o"):
         path = found.folder / f"{kind}-00001.safetensors"
         path.write_bytes(path.read_bytes()[:50])
     return found
@@ -152,11 +191,11 @@ def damaged(place: Path) -> Calibration:
 def test_damage_is_said(damaged: Calibration) -> None:
     with pytest.raises(DataError, match=r"layer-00001.safetensors is damaged .* delete it and run again"):
         damaged.statistics(1)
-    with pytest.raises(DataError, match=r"products-00001.safetensors is damaged"):
+    with pytest.raises(DataError, match=r"products-o-00001.safetensors is damaged"):
         damaged.products(1, "o")
 
 
 def test_a_full_disk_is_said_before_anything_is_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunetune.model.sequential.free_bytes", lambda path: 1000)
     with pytest.raises(DataError, match=r"needs about .* 1.0 KB is free; make room"):
-        calibration(place).run(refuse, batches_of(ROWS, 64), products=True)
+        calibration(place).run(refuse, batches_of(ROWS, 64), products=CONSUMERS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from prunetune.model.units import sites
 from prunetune.pipeline import prune_run
 from prunetune.pipeline.prune_request import PruneRequest, default_units
 from prunetune.pipeline.prune_run import prune_once
+from prunetune.pipeline.remembered_judge import RememberedJudge
 from tests.contracts.scores import random_rows
 from tests.support import MODEL_TYPES, batch, hard_gates, logits, tiny_folder, tiny_rows, write_rows
 
@@ -68,6 +71,11 @@ def masked_logits(base: Path, plan: Plan) -> torch.Tensor:
     gates.attach()
     gates.set(hard_gates(arch, found, plan))
     return logits(model, batch(2, 9, padding=2))
+
+
+def changed_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def no_stream(*args: Any, **kwargs: Any) -> Any:
@@ -162,6 +170,90 @@ def test_another_size_or_score_needs_no_new_pass(base: Path, monkeypatch: pytest
     prune_once(request(base, "other", score="fluctuation"))
     with pytest.raises(pytest.fail.Exception, match="a new pass"):
         prune_once(request(base, "more", tokens=100))
+
+
+@pytest.mark.parametrize("change", ["norms", "config"])
+def test_statistics_are_of_the_model_as_it_is(change: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all of it: vectors, rows that are not the first, and settings that are no weights."""
+    prune_once(request(base, "first"))
+    if change == "config":
+        changed_config(base, rms_norm_eps=5.0)
+    else:
+        model = opened(base)
+        model.model.norm.weight.data.mul_(2)
+        model.save_pretrained(base)
+    prune_once(request(base, "second"))
+    assert len(list((base.parent / "prune-cache").iterdir())) == 2
+    changed_config(base, transformers_version="5.99", use_cache=False)
+    monkeypatch.setattr(prune_run, "LayerStream", no_stream)
+    prune_once(request(base, "third"))
+
+
+def test_two_processes_may_keep_the_same_scores_at_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, save_file = [], prune_run.save_file
+
+    def and_the_other_does_all(tensors: Any, path: Path) -> None:
+        save_file(tensors, path)
+        saved.append(path)
+        if len(saved) == 1:
+            prune_once(request(base, "other", score="taylor"))
+
+    monkeypatch.setattr(prune_run, "save_file", and_the_other_does_all)
+    out = prune_once(request(base, "first", score="taylor")).folder
+    assert len(saved) == 2
+    assert Plan.load(out / "plan.json").kept == Plan.load(base.parent / "other" / "plan.json").kept
+
+
+def test_scores_that_look_at_the_budget_are_kept_for_it_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """110 KB are more parameters in two bytes each than in four."""
+
+    def of(name: str, dtype: str) -> PruneRequest:
+        asked = request(base, name, score="nirvana", options={"score": {"draws": 2}}, dtype=dtype)
+        return replace(asked, target=TargetConfig(size="110KB", align=8))
+
+    prune_once(of("first", "float32"))
+    monkeypatch.setattr(prune_run, "load_base", no_stream)
+    prune_once(of("again", "float32"))
+    with pytest.raises(pytest.fail.Exception, match="a new pass"):
+        prune_once(of("smaller", "bfloat16"))
+
+
+def test_only_products_that_are_fitted_to_are_collected(base: Path) -> None:
+    prune_once(request(base, compensation="refit", units=("mlp_channels",)))
+    [cache] = (base.parent / "prune-cache").iterdir()
+    assert {path.name.rpartition("-")[0] for path in cache.glob("*.safetensors")} == {"layer", "products-down"}
+
+
+@pytest.mark.parametrize("compensation", ["refit", "bias"])
+def test_layers_leave_whole_and_nothing_is_compensated(
+    compensation: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"compensation": {"ridge": 0.2}} if compensation == "refit" else {}
+    asked = request(
+        base, score="random", units=("layers",), calibration=None, compensation=compensation, options=options
+    )
+    origin = Plan.load(prune_once(asked).folder / "plan.json").origin
+    assert origin["compensation"] == "none"
+    assert origin["options"] == {}
+    assert capsys.readouterr().out.count(f"compensation none, not {compensation}") == 1
+    assert not (base.parent / "prune-cache").exists()
+
+
+def test_one_row_judges_with_a_warning(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prune_once(request(base, "scored", score="taylor", calibration=ROWS[:1]))
+    assert "judged on" not in capsys.readouterr().out
+    prune_once(request(base, "judged", allocation="dynamic_program", calibration=ROWS[:1]))
+    assert "judged on the row that scores have seen" in " ".join(capsys.readouterr().out.split())
+
+
+def test_answers_of_another_process_stay(tmp_path: Path) -> None:
+    judge = Mock(divergence=Mock(return_value=0.5))
+    first, second = (RememberedJudge(lambda: judge, tmp_path / "judged.json") for _ in range(2))
+    first.divergence({"a": (0,)})
+    second.divergence({"a": (1,)})
+    third = RememberedJudge(lambda: judge, tmp_path / "judged.json")
+    assert third.divergence({"a": (0,)}) == third.divergence({"a": (1,)}) == 0.5
+    assert judge.divergence.call_count == 2
 
 
 def test_gradient_scores_are_kept_for_another_size(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,16 +389,23 @@ def test_impossible_budgets_bad_rows_and_taken_folders(base: Path) -> None:
     with pytest.raises(DataError):
         prune_once(request(base, calibration=[{"nothing": "here"}]))
     prune_once(request(base, score="random"))
-    with pytest.raises(ExportError, match="exists"):
+    with pytest.raises(ConfigError, match="exists"):
         prune_once(request(base, score="random"))
     prune_once(request(base, score="random", replace=True))
 
 
-def test_quantised_bases_are_refused(base: Path) -> None:
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+def test_what_cannot_be_written_is_refused_before_anything_long(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_run, "LayerStream", no_stream)
+    (base.parent / "taken").mkdir()
+    with pytest.raises(ConfigError, match="taken exists; name another folder, or add --overwrite"):
+        prune_once(request(base, "taken"))
+    with pytest.raises(ConfigError, match="--dtype: int8 is not float32"):
+        prune_once(request(base, dtype="int8"))
+    with pytest.raises(ExportError, match="holds something else than an export"):
+        prune_once(request(base, "base", replace=True))
+    changed_config(base, quantization_config={"load_in_4bit": True})
     with pytest.raises(UnsupportedModelError, match="quantised"):
-        prune_once(request(base, score="magnitude"))
+        prune_once(request(base))
 
 
 def test_one_layer_is_in_memory_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,17 @@ Overrides = Annotated[
 ]
 
 
+def size_bytes(option: str, text: str) -> int:
+    """A size as it is typed; raises ConfigError that names the option."""
+    from prunetune.core.errors import ConfigError, Problem
+    from prunetune.core.sizes import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError([Problem(str(error), option)]) from None
+
+
 def read_run(config: Path, overrides: list[str] | None) -> RunConfig:
     """The checked configuration of a run; raises ConfigError with all problems at once."""
     from prunetune.config.load import load_config

@@ -68,7 +68,7 @@ def score(
     final_answer: Annotated[
         str | None, typer.Option(help="regular expression where final answers begin; those tokens are protected")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of random projections")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of random projections")] = 0,
 ) -> None:
     """Score every row and token once, in one forward pass, for any number of selections."""
     from prunetune.cli.data_view import show_scores
@@ -111,8 +111,8 @@ def select(
     stratify: Annotated[
         str, typer.Option(help="source, label, length, several with commas: each keeps its share")
     ] = "none",
-    minimum: Annotated[int, typer.Option(help="rows that every stratum keeps, if it has so many")] = 0,
-    seed: Annotated[int, typer.Option(help="of methods that draw by lot")] = 0,
+    minimum: Annotated[int, typer.Option(min=0, help="rows that every stratum keeps, if it has so many")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of methods that draw by lot")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a former selection there")] = False,
 ) -> None:
     """Select rows and target tokens from scores, in seconds and without a model."""

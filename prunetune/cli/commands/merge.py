@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from prunetune.cli.commands._arguments import size_bytes
+
 Folders = Annotated[
     list[Path], typer.Argument(metavar="SOURCES...", help="folders of LoRA adapters or of fine-tuned models")
 ]
@@ -67,7 +69,7 @@ def merge(
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as the base is stored")
     ] = None,
     shard_size: Annotated[str, typer.Option(help="a weights file is at most so large")] = "2GB",
-    seed: Annotated[int, typer.Option(help="of random masks")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of random masks")] = 0,
     quantized: Annotated[
         str | None,
         typer.Option("--quantized", help="nf4, fp4 or int8: how the base was loaded while the sources were trained"),
@@ -96,7 +98,11 @@ def merge(
         plan,
         calibration,
         MergeSettings(
-            scale=scale, seed=seed, dtype=_dtype(dtype), shard_size=_bytes(shard_size), keep_zeros=keep_zeros
+            scale=scale,
+            seed=seed,
+            dtype=_dtype(dtype),
+            shard_size=size_bytes("--shard-size", shard_size),
+            keep_zeros=keep_zeros,
         ),
         rescale,
         _one_of("--judge", judge, "loss", "outputs"),
@@ -141,7 +147,7 @@ def save(
     ] = None,
     calibration: Calibration = None,
     dtype: Annotated[str, typer.Option(help="of the stored values: float32, bfloat16 or float16")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="of the random mask")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the random mask")] = 0,
     allow_large: AllowLarge = False,
 ) -> None:
     """Store what is left of a pruned delta: values, and their places in whatever takes the fewest bytes."""
@@ -189,16 +195,6 @@ def _options(drop: str | None, options: list[str] | None) -> dict[str, Any]:
             raise ConfigError([Problem(f"{option} is not KEY=VALUE", "--set")])
         given[key] = value
     return given
-
-
-def _bytes(text: str) -> int:
-    from prunetune.core.errors import ConfigError, Problem
-    from prunetune.core.sizes import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise ConfigError([Problem(str(error), "--shard-size")]) from None
 
 
 def _one_of(where: str, value: str, *words: str) -> Any:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from prunetune.cli.commands._arguments import size_bytes
+
 
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="the model to prune: folder or name")],
@@ -45,7 +47,6 @@ def prune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export there")] = False,
 ) -> None:
     """Prune a model in one shot: score, allocate, compensate, write. No training; one layer in memory at a time."""
-    from prunetune.core.sizes import parse_bytes
     from prunetune.pipeline.prune_request import PruneRequest
     from prunetune.pipeline.prune_run import prune_once
 
@@ -62,7 +63,7 @@ def prune(
         judge_tokens=judge_tokens,
         max_length=max_length,
         dtype=dtype,
-        shard_size=parse_bytes(shard_size),
+        shard_size=size_bytes("--shard-size", shard_size),
         seed=seed,
         cache=cache,
         replace=overwrite,
@@ -86,8 +87,16 @@ def _target(text: str, units: list[str] | None, align: int, score: str) -> Any:
     try:
         return TargetConfig(**{field: text}, units=kinds, align=align)
     except ValidationError as error:
-        faults = [(fault["loc"][0] if fault["loc"] else "target", fault["msg"]) for fault in error.errors()]
-        raise ConfigError([Problem(str(said), f"--{where}") for where, said in faults]) from None
+        faults = [(str(fault["loc"][0]), fault) for fault in error.errors()]
+        hint = f"{text} is no budget; write for example 70% (of the decoder), 90M (parameters) or 180MB"
+        raise ConfigError(
+            [
+                Problem(hint, "--target")
+                if where == field
+                else Problem(f"{fault['msg']} (set: {fault['input']})", f"--{where}")
+                for where, fault in faults
+            ]
+        ) from None
 
 
 def _options(words: list[str]) -> dict[str, dict[str, str]]:

@@ -35,13 +35,17 @@ class GlobalThreshold(Allocation):
 
     def _budgets(self, problem: AllocationProblem) -> list[tuple[set[str], float]]:
         """(kinds that are ranked together, what they may cost)."""
-        kinds = {place.kind for place in problem.places}
+        kinds = sorted({place.kind for place in problem.places})
         if problem.balance is None or len(kinds) == 1:
-            return [(kinds, problem.budget)]
-        wanted = wanted_by_kind(problem)
+            return [(set(kinds), problem.budget)]
+        fraction = wanted_by_kind(problem)
+        sides = [[place for place in problem.places if place.kind == kind] for kind in kinds]
+        wanted = [fraction[kind] * sum(p.cost * p.size for p in side) for kind, side in zip(kinds, sides)]
+        # Where the balance wants less of a side than its smallest widths take, the other has to do without that.
+        least = [sum(p.cost * p.choices[0] for p in side) for side in sides]
         return [
-            ({kind}, sum(wanted[kind] * p.size * p.cost for p in problem.places if p.kind == kind))
-            for kind in sorted(kinds)
+            ({kind}, min(max(own, low), problem.budget - (sum(least) - low)))
+            for kind, own, low in zip(kinds, wanted, least)
         ]
 
     @staticmethod

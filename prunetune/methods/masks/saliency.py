@@ -23,7 +23,7 @@ class SaliencyOptions(TriedScheduleOptions):
 
     decay: float = Field(0.95, ge=0, lt=1, description="of the running mean over optimizer steps")
     moment: Literal["token", "step"] = Field(
-        "token", description="square the gradient per token (Fisher information) or of the whole step"
+        "token", description="square what each position adds to the gradient, or the whole step's gradient"
     )
 
 
@@ -33,6 +33,8 @@ class SaliencyMask(ScheduledMask):
 
     With g the gate and l_t the loss of token t, removing a unit changes the loss by about half of
     sum_t (dl_t/dg)^2 (Theis et al., arXiv 1801.05787: the diagonal Fisher information stands in for the Hessian).
+    One backward pass gives no gradients of single tokens' losses, so what is squared is what each position adds to
+    the gradient of the step's loss: the effect of the gate there on that position's token and all after it.
     All kinds of units are measured in that one unit. The gate of a hidden dimension acts wherever something is added to
     the residual stream; these places are taken as independent.
     """

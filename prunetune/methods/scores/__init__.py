@@ -60,7 +60,7 @@ class ModelFacts:
     Args:
         model: a transformers causal LM in eval mode; its parameters have no gradients yet.
         rows: number of a draw -> calibration rows; draw 0 is the sample that all criteria see.
-        judge: makes what measures the effect of removing units on the output, on rows that are in no draw.
+        judge: makes what measures the effect of removing units on the output, on rows that are in no draw (see Judge).
         price: scores -> divergence of the model that is cut to the user's budget by them.
     """
 

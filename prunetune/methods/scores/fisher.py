@@ -16,14 +16,19 @@ from prunetune.model.gates import GateSet
 class FisherOptions(MethodOptions):
     """Options of fisher."""
 
-    per: Literal["token", "row"] = Field("token", description="square the gradient of each token's loss, or each row's")
+    per: Literal["token", "row"] = Field(
+        "token", description="square what each position adds to a row's gradient, or all of that"
+    )
 
 
 @SCORES.register("fisher")
 class Fisher(ModelScore):
     """Half the mean squared gradient of a gate: the loss that closing it costs, to second order.
 
-    Per token it is what the saliency mask keeps while training; per row it is the published form.
+    Per row it is the published form: the square of the gradient of the row's mean loss, a mean over rows. Per token it
+    is what the saliency mask keeps while training: what each position of a row adds to the gradient of its summed loss,
+    squared, and the sum of these divided by the number of target tokens. A position adds to the losses of all tokens
+    after it, so these are not the gradients of single tokens' losses; those would take a backward pass each.
     """
 
     Options = FisherOptions
