@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prunetune.config.comparison import Cell
@@ -47,7 +48,8 @@ def one_shot_request(cell: Cell, model: str, calibration: Sequence[Mapping[str, 
 def cell_problems(cell: Cell) -> list[Problem]:
     """What cannot work whatever the model and the rows are."""
     if cell.kind == ONE_SHOT:
-        found = _unknown(cell) or one_shot_request(cell, "", ()).problems()
+        # What a stopped run of the cell has pruned is used again.
+        found = _unknown(cell) or replace(one_shot_request(cell, "", ()), replace=True).problems()
     else:
         found = list(_joint_problems(cell)) if cell.kind == JOINT else []
     # What an option of `prunetune prune` says, a setting says here.

@@ -100,6 +100,19 @@ def test_a_stopped_cell_goes_on_from_its_checkpoint(comparison_file: Path) -> No
     assert run_cell(cell) | {"peak_bytes": 0} == whole | {"peak_bytes": 0}
 
 
+def test_a_stopped_cell_uses_what_it_has_pruned(comparison_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compare_cell, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compare_run.compare_recipes(comparison_file, [MAGNITUDE, "compare.seeds=[0]"], only=MAGNITUDE_ID)
+    monkeypatch.setattr(compare_cell, "prune_once", stopped)
+    [result] = compare_run.compare_recipes(comparison_file, [MAGNITUDE, "compare.seeds=[0]"], only=MAGNITUDE_ID)
+    assert 0.5 < result["kept_decoder"] <= 0.6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
