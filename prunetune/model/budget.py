@@ -38,6 +38,14 @@ class Shape:
         """The hidden size."""
         return self.hidden or arch.hidden_size
 
+    def within(self, other: Shape, arch: Architecture) -> bool:
+        """Whether this is another shape that is nowhere wider than ``other``."""
+        widths = [
+            (shape.layers, shape.kv_groups, shape.queries_per_group, shape.mlp_channels, shape.width(arch))
+            for shape in (self, other)
+        ]
+        return widths[0] != widths[1] and all(mine <= its for mine, its in zip(*widths))
+
     def __str__(self) -> str:
         heads = f"{self.query_heads} query heads in {self.kv_groups} KV groups"
         hidden = f", hidden {self.hidden}" if self.hidden else ""

@@ -7,6 +7,7 @@ the planner takes the one that loses the least score; scores of different kinds 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -118,10 +119,19 @@ class Planner:
             raise BudgetError(self._impossible())
         return self._cut(table, self._ranked(table, candidates)[0], origin or {})
 
-    def alternatives(self, scores: Mapping[str, Any], most: int) -> list[Plan]:
-        """The best plan of each legal shape inside the budget; of the ``most`` shapes that lose the least score."""
+    def alternatives(self, scores: Mapping[str, Any], most: int = 4) -> list[Plan]:
+        """The best plan of each of up to ``most`` legal shapes inside the budget that are no part of each other.
+
+        First comes the best scored shape of each width of attention, then whatever else loses the least score: with
+        layers or the hidden width there are hundreds of shapes, and neighbours differ little.
+        """
         table = _Scores(self.arch, scores)
-        return [self._cut(table, shape, {}) for shape in self._ranked(table, self.candidates)[:most]]
+        ranked = self._ranked(table, self.candidates)
+        firsts = {(shape.kv_groups, shape.queries_per_group): shape for shape in reversed(ranked)}.values()
+        order = dict.fromkeys([*self._ranked(table, firsts), *ranked])
+        # A part of another shape could only do better than that by chance.
+        wide = (shape for shape in order if not any(shape.within(other, self.arch) for other in order))
+        return [self._cut(table, shape, {}) for shape in itertools.islice(wide, most)]
 
     def _ranked(self, table: _Scores, candidates: Iterable[Shape]) -> list[Shape]:
         # Ties (all scores equal, say) go to the larger model, then to the deeper one.

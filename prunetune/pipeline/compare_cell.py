@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from prunetune.config.comparison import Cell
-from prunetune.config.presets import total_steps
 from prunetune.config.recipe import BASE, DENSE, JOINT, ONE_SHOT
 from prunetune.core.records import DataBundle, PreparedModel
 from prunetune.data.load import load_bundle
@@ -23,6 +22,7 @@ from prunetune.pipeline.loading import load_base, load_tokenizer
 from prunetune.pipeline.prune_run import prune_once
 from prunetune.pipeline.quiet import quiet_libraries
 from prunetune.pipeline.run import METRICS, eval_settings, train, trained_seconds
+from prunetune.pipeline.steps import run_steps
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _model(cell: Cell, dense: PreparedModel, tokenizer: Any, data: DataBundle) -
         assert cell.kind == DENSE
     trainer = train(config, start, tokenizer, data, prune, config.folder / TRAIN, resume=True)
     trainer.end()
-    return trainer.model, total_steps(config.train, len(data.train), 1)
+    return trainer.model, run_steps(config.train, prune, len(data.train))
 
 
 def _pruned(cell: Cell, dense: PreparedModel, data: DataBundle) -> PreparedModel:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunetune.config.presets import derive, export_folder, total_steps
+from prunetune.config.presets import derive, export_folder
 from prunetune.config.schema import PruneConfig, RunConfig, SampleConfig, TokenConfig
 from prunetune.core.console import console, is_main_process, note
 from prunetune.core.files import read_json
@@ -34,6 +34,7 @@ from prunetune.pipeline.delta_stage import keep_part
 from prunetune.pipeline.folder import open_folder
 from prunetune.pipeline.loading import TRAIN, load_for_training, load_tokenizer
 from prunetune.pipeline.quiet import quiet_libraries
+from prunetune.pipeline.steps import run_steps
 from prunetune.pipeline.trainer import PruneTuneTrainer
 from prunetune.report.table import before_after_table
 from prunetune.report.write import write_reports
@@ -145,7 +146,7 @@ def train(
     Args:
         prune: the joint settings; None: the plain LoRA run of as many steps.
     """
-    steps = total_steps(config.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    steps = run_steps(config.train, prune, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     if prune is not None:
         for derived in derive(config, steps):
             note(f"{derived.name}: [bold]{derived.value}[/bold] ({derived.reason})")

@@ -14,21 +14,14 @@ from prunetune.model.statistics import SecondMoments
 from prunetune.model.surgery import base_model
 
 
-def drawn_rows(trainer: Any, tokens: int, seed: int, purpose: str) -> list[Any]:
-    """Training rows by lot, until they make up so many tokens.
+def shuffled_rows(trainer: Any, seed: int, purpose: str) -> Iterator[Any]:
+    """All training rows, as the trainer has prepared them, in an order drawn by lot.
 
     Args:
-        trainer: holds the prepared rows. tokens: padding aside. seed: of the run. purpose: names the lot.
+        trainer: holds the prepared rows. seed: of the run. purpose: names the lot.
     """
-    rows: list[Any] = []
-    done = 0
-    # Row by row, so that where the tokens suffice does not depend on the batch size.
     for index in stream(seed, purpose).permutation(len(trainer.train_dataset)):
-        if done >= tokens:
-            break
-        rows.append(trainer.train_dataset[int(index)])
-        done += len(rows[-1]["input_ids"])
-    return rows
+        yield trainer.train_dataset[int(index)]
 
 
 def calibration_batches(trainer: Any, tokens: int, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -39,7 +32,13 @@ def calibration_batches(trainer: Any, tokens: int, seed: int) -> Iterator[dict[s
         tokens: stop once the rows of all processes make up so many.
         seed: of the run.
     """
-    drawn, accelerator = drawn_rows(trainer, tokens, seed, "calibration"), trainer.accelerator
+    drawn, done, accelerator = [], 0, trainer.accelerator
+    # Row by row, so that where the tokens suffice does not depend on the batch size.
+    for row in shuffled_rows(trainer, seed, "calibration"):
+        if done >= tokens:
+            break
+        drawn.append(row)
+        done += len(row["input_ids"])
     size = trainer.args.per_device_train_batch_size
     for start in range(0, len(drawn), size):
         if (start // size) % accelerator.num_processes == accelerator.process_index:

@@ -5,8 +5,7 @@ The files of a freeze are in freeze.py; when it is due, and what comes before an
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import note
-from prunetune.core.errors import ConfigError, DataError, PlanMismatchError, Problem, UnsupportedModelError
+from prunetune.core.errors import ConfigError, PlanMismatchError, Problem
 from prunetune.methods.compensation import build_compensation
 from prunetune.methods.masks import MASKS
 from prunetune.model.architecture import Architecture, describe
@@ -47,7 +46,7 @@ from prunetune.train.joint import JointSearch, hard_gates, hidden_refusals, mask
 from prunetune.train.probe import EXACT_LIMIT_PARAMETERS, probe_logits, require_equal
 from prunetune.train.ranks import rank_refusals
 from prunetune.train.selecting import SelectingTrainer
-from prunetune.train.shape_trial import trial_losses
+from prunetune.train.shape_trial import try_shapes
 
 
 class FreezingTrainer(SelectingTrainer):
@@ -116,11 +115,14 @@ class FreezingTrainer(SelectingTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """As in SelectingTrainer; steps in which the mask learns alone are made of the rows held out for it."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._held_out and batches and self._search and self._search.mask.on_held_out(self.state.global_step):
+        if self._held_out and batches and self._replaces_rows():
             batches = self._held_out.batches(self.state.global_step, len(batches))
             self._micro_batches.clear()
             count = self._get_num_items_in_batch(batches, device)
         return batches, count
+
+    def _replaces_rows(self) -> bool:
+        return self._search is not None and self._search.mask.on_held_out(self.state.global_step)
 
     def _adopt(self, checkpoint: Path) -> None:
         """Brings the live model into the shape that a checkpoint has."""
@@ -146,30 +148,14 @@ class FreezingTrainer(SelectingTrainer):
             )
 
     def _try_shapes(self, search: JointSearch, step: int) -> None:
-        """Tries the plans that the mask has for this moment on training rows, and lets it settle on the best."""
+        """Tries the plans that the mask has for this moment, and lets it settle on the best shape."""
         plans = search.trial(step)
-        if not plans:
-            return
+        if plans and (shape := self._tried(plans, search.gate_set)):
+            search.mask.settle(shape)
+
+    def _tried(self, plans: Sequence[Plan], gate_set: GateSet) -> Shape | None:
         assert self.prune is not None
-        shapes = [plan_shape(self.dense, plan) for plan in plans]
-        if not hasattr(self.train_dataset, "__len__"):
-            note(f"shape by scores, {shapes[0]}: trying shapes draws rows by lot, which streamed rows do not allow")
-            return
-        try:
-            open_, *losses = trial_losses(self, search.gate_set, self.planner, plans, self.prune.seed)
-        except (DataError, UnsupportedModelError) as error:
-            note(f"shape by scores, {shapes[0]}: shapes cannot be tried, {error}")
-            return
-        best = min(range(len(plans)), key=lambda number: (not math.isfinite(losses[number]), losses[number], number))
-        # Models that are cut beyond recognition differ by chance.
-        known = losses[best] < (open_ + math.log(self.dense.vocab_size)) / 2
-        if known:
-            search.mask.settle(plans[best])
-        found = ", ".join(f"{shape} {loss:.2f}" for shape, loss in zip(shapes, losses))
-        note(
-            f"step {step}: shapes tried on training rows, nats a token before anything is made up for: {found} (whole: "
-            f"{open_:.2f}){'' if known else '; all are nearer to guessing, so the scores decide'}"
-        )
+        return try_shapes(self, gate_set, self.planner, plans, self.prune.seed)
 
     def _freeze(self, checkpoint: Path) -> None:
         """Decides, slices the checkpoint and the live model, and clears what belonged to the dense one."""
@@ -272,10 +258,22 @@ class FreezingTrainer(SelectingTrainer):
         Returns:
             The plan; there is no recover phase behind it unless the model is trained on.
         """
-        plan = self.planner.plan(scores, origin={"method": "scores of an earlier search"})
+        plan = self.planner.plan(scores, shape=self._shape_of(scores), origin={"method": "scores of an earlier search"})
         surgery, self._updates = self.cut(plan, folds)
         self._settle(surgery, self._updates)
         return plan
+
+    def _shape_of(self, scores: Mapping[str, Tensor]) -> Shape | None:
+        """The shape to be cut to, if the run's mask has shapes tried and that says anything."""
+        assert self.prune is not None
+        if not MASKS.get(self.prune.mask.method).tries_shapes(self.prune.mask.options()):
+            return None
+        gates = GateSet(base_model(self.model), self.planner.sites)
+        gates.attach()
+        try:
+            return self._tried(self.planner.alternatives(scores), gates)
+        finally:
+            gates.detach()
 
     def _end_search(self) -> None:
         if self._search is not None:

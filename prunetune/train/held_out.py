@@ -10,6 +10,11 @@ from prunetune.core.errors import ConfigError, Problem
 from prunetune.core.streams import stream
 
 
+def held_out_count(share: float, rows: int) -> int:
+    """How many of so many rows are set aside: at least one, if there is a share, and one stays."""
+    return min(max(1, round(share * rows)), rows - 1) if share else 0
+
+
 class HeldOutRows:
     """A part of the training rows, set aside by lot.
 
@@ -26,7 +31,7 @@ class HeldOutRows:
         if not hasattr(rows, "__len__") or len(rows) < 2:
             why = "holds rows out from the adapters, by lot, which takes at least two that are not streamed; load them"
             raise ConfigError([Problem(f"{why}, or set mask.alternate: false", "mask.alternate")])
-        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        count = held_out_count(share, len(rows))
         order = stream(seed, "held-out rows").permutation(len(rows))
         self._trainer, self._seed = trainer, seed
         self._rows = rows.select(np.sort(order[:count]).tolist())
@@ -36,7 +41,9 @@ class HeldOutRows:
         return len(self._rows)
 
     def batches(self, step: int, count: int) -> list[dict[str, Any]]:
-        """This process's micro-batches of a step, other rows in every step; all processes' are different ones.
+        """This process's micro-batches of a step, other rows in every step.
+
+        All processes' are different ones, where there are enough.
 
         Args:
             step: of the optimizer. count: micro-batches of each process.

@@ -77,9 +77,9 @@ class JointSearch:
         return "warmup" if step < self.phases.warmup_end else "search"
 
     def trial(self, step: int) -> list[Plan]:
-        """Plans to be tried before step ``step``, which ``settle`` then hears about; asked for once."""
+        """Plans of different shapes to be tried before step ``step``; there are none when asked again."""
         plans, self._tried = [] if self._tried == step else self.mask.trial(step), step
-        return plans if len(plans) > 1 else []
+        return plans
 
     def begin_step(self, step: int) -> None:
         """Sets the gates for all micro-batches of optimizer step ``step``."""

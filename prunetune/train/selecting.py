@@ -87,6 +87,7 @@ class SelectingTrainer(QuantizedTrainer):
         if self.select is None or not batches:
             return batches, count
         chooses = self.state.global_step in active_steps(self.select.online, self.state.max_steps)
+        chooses = chooses and not self._replaces_rows()
         if not chooses and self._losses is None:
             return batches, count
         own = [rows_of(batch) for batch in batches]
@@ -108,6 +109,10 @@ class SelectingTrainer(QuantizedTrainer):
         batches = [self._collated(group, choice, world) for group in groups]
         # Weighted losses stand for all rows, so all rows' targets are what they are divided by.
         return batches, count if self._weighted else self._get_num_items_in_batch(batches, device)
+
+    def _replaces_rows(self) -> bool:
+        """Whether this step runs on other rows than the sampler's, so that there is nothing to choose."""
+        return False
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """As in SFTTrainer; micro-batches that lost all their rows on all processes cost nothing."""

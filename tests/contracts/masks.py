@@ -16,6 +16,7 @@ from prunetune.config.presets import PhaseSteps
 from prunetune.config.schema import TargetConfig
 from prunetune.methods.masks import MASKS, Mask, MaskContext, build_mask
 from prunetune.model.adapters import AdapterView
+from prunetune.model.budget import plan_shape
 from prunetune.model.gates import GateStatistics
 from prunetune.model.planner import Planner
 from tests.support import tiny_arch, tiny_model
@@ -89,7 +90,7 @@ def run(mask: Mask, first: int, last: int) -> list[dict[str, Tensor]]:
     for step in range(first, last):
         plans = mask.trial(step)
         if len(plans) > 1:
-            mask.settle(plans[-1])
+            mask.settle(plan_shape(mask.context.planner.arch, plans[-1]))
         history.append({name: gate.clone() for name, gate in mask.gates(step).items()})
         mask.after_backward(step, statistics(mask, step))
         mask.after_step(step, 1e-3)

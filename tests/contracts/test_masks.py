@@ -105,13 +105,16 @@ def test_the_shape_that_did_best_in_the_trial_is_kept(name, units, tmp_path):
     assert bool(shapes) == ("shape" in MASKS.get(name).Options.model_fields)
     if not shapes:
         return
+    assert MASKS.get(name).tries_shapes({})
+    assert not MASKS.get(name).tries_shapes({"shape": "scored"})
     assert plans[0].kept == planner.plan(mask.scores()).kept, "first the one that the scores suggest"
     assert not any(mask.trial(step) for step in range(PHASES.freeze) if step != PHASES.warmup_end)
     assert make(name, tmp_path, context(units), shape="scored").trial(PHASES.warmup_end) == []
     for number, wanted in enumerate(shapes):
         again = make(name, tmp_path, context(units))
         run(again, 0, PHASES.warmup_end)
-        again.settle(again.trial(PHASES.warmup_end)[number])
+        assert again.trial(PHASES.warmup_end)[number].kept == plans[number].kept
+        again.settle(wanted)
         for step in range(PHASES.warmup_end, PHASES.freeze):
             again.gates(step)
             again.after_backward(step, statistics(again, step))

@@ -4,7 +4,7 @@ Arguments: JSON with ``out``, and optionally ``rows`` of a process's batch, ``ac
 (step in which the first process is asked to stop), ``nan`` (step in which the second process's loss is NaN), ``die``
 (step in which the second process is killed), ``mask``, ``units``, ``dtype`` (of the base), ``distill`` (weight),
 ``delta`` and ``ranks`` (sections), ``export`` (whether), ``data`` (number of rows), ``tokens`` (of refit), ``args`` (of
-TRL), ``fsdp`` (see fsdp_on_cpu.py).
+TRL), ``fsdp`` (see fsdp_on_cpu.py), ``weights`` (file of the base's).
 """
 
 from __future__ import annotations
@@ -77,10 +77,12 @@ def main(asked: dict[str, Any]) -> None:
         "gradient_accumulation_steps": asked.get("accumulate", 1),
         "ddp_find_unused_parameters": asked.get("unused", False),
     }
-    gates = Gates()
+    gates, model = Gates(), tiny_model()
+    if "weights" in asked:
+        model.load_state_dict(torch.load(asked["weights"]))
     trainer = joint_trainer(
         out,
-        model=tiny_model().to(getattr(torch, asked.get("dtype", "float32"))),
+        model=model.to(getattr(torch, asked.get("dtype", "float32"))),
         prune=prune_config(
             asked.get("mask", "saliency"),
             refit,

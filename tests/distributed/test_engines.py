@@ -21,8 +21,9 @@ import torch
 import yaml
 
 from prunetune.config.engines import launch_settings
+from prunetune.core.files import read_json
 from tests.distributed.test_two_processes import DDP, LIMIT_S, ROOT, free_port, launch, saved
-from tests.train.joint_runs import FREEZE_STEP, STEPS, checkpoints
+from tests.train.joint_runs import FREEZE_STEP, STEPS, checkpoints, known_model
 
 pytestmark = pytest.mark.slow  # starting two processes of torch takes longer than what they do
 
@@ -122,6 +123,21 @@ def test_every_engine_takes_the_steps_of_one_process(kind: str, alone: Run, tmp_
     assert {process["processes"] for process in found} == {2 if engine else 1}
     assert {process["backend"] for process in found} == {"gloo" if engine else ""}
     require_same_trajectory(found, tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("kind", ["2 x ddp", "2 x zero2", "2 x zero3", "2 x fsdp2"])
+def test_every_engine_settles_on_the_shape_that_one_process_does(kind: str, tmp_path: Path) -> None:
+    """With a model that knows the rows: the trial's losses are too near to guessing otherwise."""
+    file = str(tmp_path / "known.pt")
+    torch.save(known_model().state_dict(), file)
+    [reference] = start(tmp_path / "alone", rows=4, weights=file)
+    wanted = read_json(tmp_path / "alone" / "shape_trial.json")
+    assert wanted["settled"] is not None
+    found = start(tmp_path / "run", **KINDS[kind], weights=file)
+    tried = read_json(tmp_path / "run" / "shape_trial.json")
+    assert tried["settled"] == wanted["settled"]
+    assert tried["shapes"] == pytest.approx(wanted["shapes"], rel=1e-5)
+    assert {process["plan"] for process in found} == {reference["plan"]}
 
 
 @pytest.mark.parametrize(

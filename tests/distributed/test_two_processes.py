@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from prunetune.core.files import read_json
 from tests.train.joint_runs import checkpoints, metrics, require_same, timeless
 
 ROOT = Path(__file__).parents[2]
@@ -148,3 +149,10 @@ def test_calibration_with_fewer_batches_than_processes_does_not_hang(tmp_path: P
     """Two rows are one batch: the second process has no calibration row of its own."""
     first, second = launch(2, tmp_path / "run", data=2)
     assert first["plan"] == second["plan"] is not None
+
+
+def test_a_trial_of_shapes_with_fewer_rows_than_processes(tmp_path: Path) -> None:
+    """A single row: the second process has none to try shapes on."""
+    first, second = launch(2, tmp_path / "run", data=1)
+    assert first["plan"] == second["plan"] is not None
+    assert read_json(tmp_path / "run" / "shape_trial.json")["targets"] > 0

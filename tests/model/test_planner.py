@@ -276,3 +276,24 @@ def test_every_plan_is_legal_inside_the_budget_and_repeatable(kept, kinds, align
     assert {name.split(".")[-1] for name in plan.kept} <= set(kinds)
     assert planner.plan(scores).kept == plan.kept
     assert Planner(arch, target).plan(dict(reversed(scores.items()))).digest() == plan.digest()
+
+
+@pytest.mark.parametrize("kept", ["100%", "95%", "80%", "60%"])
+@pytest.mark.parametrize("kinds", KIND_SETS, ids=lambda kinds: "+".join(kinds))
+def test_alternatives_differ_in_attention_first_and_none_is_a_part_of_another(kinds, kept):
+    target = TargetConfig(kept=kept, units=kinds, align=8)
+    try:
+        planner = Planner(ARCH, target)
+    except BudgetError:
+        return  # what is said then is tested above
+    scores = random_scores(ARCH, 0)
+    found = planner.alternatives(scores)
+    shapes = [plan_shape(ARCH, plan) for plan in found]
+    assert found[0].kept == planner.plan(scores).kept
+    assert len(set(shapes)) == len(shapes) <= 4
+    whole = [shape for shape in planner.candidates if not any(shape.within(o, ARCH) for o in planner.candidates)]
+    assert set(shapes) <= set(whole)
+    attention = [(shape.kv_groups, shape.queries_per_group) for shape in shapes]
+    ways = len({(shape.kv_groups, shape.queries_per_group) for shape in whole})
+    assert len(set(attention[: min(4, ways)])) == min(4, ways)
+    assert len(shapes) == min(4, len(whole))

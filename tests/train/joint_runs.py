@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch import Tensor
 from trl import SFTConfig
 
 from prunetune.config.schema import PhaseConfig, PruneConfig, TargetConfig
@@ -62,6 +65,27 @@ def prune_config(
 def rows(number: int = ROWS, seed: int = 0) -> Dataset:
     """Prompt-completion rows."""
     return Dataset.from_list(tiny_rows(number, seed))
+
+
+@functools.cache
+def _known_weights() -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = joint_trainer(Path(folder), prune=None, peft_config=None)
+        batch = trainer.data_collator([trainer.train_dataset[number] for number in range(ROWS)])
+    model = tiny_model().train()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss.backward()
+        optimizer.step()
+    return {name: weight.detach() for name, weight in model.state_dict().items()}
+
+
+def known_model() -> Any:
+    """A tiny model that knows the rows, so that it matters what is cut."""
+    model = tiny_model()
+    model.load_state_dict(_known_weights())
+    return model.eval()
 
 
 def joint_trainer(

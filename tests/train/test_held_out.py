@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from prunetune.config.schema import SelectionConfig
+from prunetune.config.schema import SelectionConfig, TrainSection
 from prunetune.core.errors import ConfigError
+from prunetune.pipeline.steps import run_steps
 from prunetune.train.held_out import HeldOutRows
 from prunetune.train.trainer import JointTrainer
 from tests.train.joint_runs import (
@@ -61,6 +63,22 @@ def test_the_network_learns_from_them_and_nothing_else_does(tmp_path: Path, sele
     on_held = [step for step, seen in sorted(trainer.seen.items()) if seen <= held]
     assert on_held == [2, 4, 6], "every other step of the search [2, 8)"
     assert all(not seen & held for step, seen in trainer.seen.items() if step not in on_held)
+
+
+def test_nothing_is_chosen_of_rows_that_are_not_trained_on(tmp_path: Path) -> None:
+    select = SelectionConfig.model_validate({"samples": {"method": "loss", "kept": "50%"}})
+    trainer = joint_trainer(tmp_path, prune=PRUNE, select=select, args={"max_steps": 2 * STEPS}, kind=Watching)
+    trainer.train()
+    lines = (tmp_path / "selection.jsonl").read_text().splitlines()
+    chosen = {json.loads(line)["step"] for line in lines}
+    # Recorded as the Trainer counts, from 1: the mask's own steps are 3, 5 and 7.
+    assert chosen == set(range(1, 2 * STEPS + 1)) - {3, 5, 7}
+
+
+def test_steps_are_counted_without_them() -> None:
+    train = TrainSection(batch_size=4, accumulate=1, epochs=1)
+    assert run_steps(train, PRUNE, ROWS) == 4
+    assert run_steps(train, prune_config(), ROWS) == run_steps(train, None, ROWS) == 5
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:

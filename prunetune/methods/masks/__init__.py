@@ -19,7 +19,7 @@ from prunetune.core.errors import Problem
 from prunetune.core.registry import Registry
 from prunetune.methods.options import MethodOptions, parse_options, problems_of
 from prunetune.model.adapters import AdapterView
-from prunetune.model.budget import decoder_params, full_shape
+from prunetune.model.budget import Shape, decoder_params, full_shape
 from prunetune.model.fold import Fold
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
@@ -101,8 +101,13 @@ class Mask(ABC):
         """Plans of different shapes that are to be tried on training rows before step ``step``; mostly none."""
         return []
 
-    def settle(self, plan: Plan) -> None:  # noqa: B027 - for masks that have a trial
-        """Takes the shape of the plan that did best in the trial."""
+    @classmethod
+    def tries_shapes(cls, options: Mapping[str, Any]) -> bool:
+        """Whether the widths are settled by a trial of legal shapes, with these options; mostly not."""
+        return False
+
+    def settle(self, shape: Shape) -> None:  # noqa: B027 - for masks that have a trial
+        """Takes the shape that did best in the trial."""
 
     @classmethod
     def held_out(cls, options: Mapping[str, Any]) -> float:

@@ -13,14 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from prunetune.core.errors import DataError
 from prunetune.methods.masks import Mask, MaskContext, finite
 from prunetune.methods.options import MethodOptions
 from prunetune.model.budget import Shape, full_shape, plan_shape
 from prunetune.model.gates import GateStatistics
 from prunetune.model.plan import Plan
-
-# Shapes in a trial, those that lose the least score: with layers or the hidden width there are hundreds.
-MOST_TRIED = 4
 
 
 class ScheduleOptions(MethodOptions):
@@ -32,7 +30,13 @@ class ScheduleOptions(MethodOptions):
 
 
 class TriedScheduleOptions(ScheduleOptions):
-    """How fast gates close, and how far."""
+    """How fast gates close, and how far.
+
+    Scores of units add up, what many removed units cost together does not, so sums of scores say little about how much
+    attention is worth how many MLP channels. When the warm-up is over, some legal shapes are tried on training rows.
+    What is to leave beside MLP channels then leaves at once, and MLP channels follow the ramp of the budget. For masks
+    whose scores are good by then: of a model that is cut at random no shape says anything.
+    """
 
     shape: Literal["tried", "scored"] = Field(
         "tried",
@@ -46,18 +50,11 @@ class ScheduledMask(Mask):
     The budget on the way follows 1 - (1 - p)^3 (Zhu & Gupta, arXiv 1710.01878): fast early, slow late. Each step
     moves every gate by a fixed amount toward the current plan (0 or 1), so a closed unit may reopen until the
     freeze if its score recovers.
-
-    Args:
-        tried: the shape is settled by a trial. Scores of units add up, what many removed units cost together does not,
-            so sums of scores say little about how much attention is worth how many MLP channels. Legal shapes are
-            few: when the warm-up is over, each is tried on training rows. What is to leave beside MLP channels then
-            leaves at once, and MLP channels follow the ramp of the budget. For masks whose scores are good by then:
-            of a model that is cut at random no shape says anything.
     """
 
     Options: ClassVar[type[MethodOptions]] = ScheduleOptions
 
-    def __init__(self, context: MaskContext, options: ScheduleOptions, *, tried: bool = False):
+    def __init__(self, context: MaskContext, options: ScheduleOptions):
         super().__init__(context, options)
         search = context.phases.search
         self.refresh = options.refresh
@@ -65,7 +62,7 @@ class ScheduledMask(Mask):
         self.fade_steps = max(1.0, options.fade_share * search)  # until a gate has closed
         self._gates = {site.name: torch.ones(site.size) for site in self.sites}
         self._target = {site.name: torch.ones(site.size) for site in self.sites}
-        self._tried = tried
+        self._tried = _tried(options)
         self._final: Shape | None = None  # the shape to end with, once that is settled
 
     @abstractmethod
@@ -75,10 +72,14 @@ class ScheduledMask(Mask):
         # Without a warm-up nothing is known about units yet.
         if not self._tried or step == 0 or step != self.context.phases.warmup_end:
             return []
-        return self.context.planner.alternatives(self.scores(), MOST_TRIED)
+        return self.context.planner.alternatives(self.scores())
 
-    def settle(self, plan: Plan) -> None:
-        self._final = plan_shape(self.context.planner.arch, plan)
+    @classmethod
+    def tries_shapes(cls, options: Mapping[str, Any]) -> bool:
+        return _tried(cls.Options.model_validate(options))
+
+    def settle(self, shape: Shape) -> None:
+        self._final = shape
 
     def way(self, step: int) -> float:
         """How far from dense (0) to the budget (1) the gates should be heading at this step."""
@@ -151,6 +152,15 @@ class ScheduledMask(Mask):
         self._gates = {name: state[f"gate.{name}"].clone() for name in self._gates}
         self._target = {name: state[f"target.{name}"].clone() for name in self._target}
         self._final = Shape(*state["final"].tolist()) if state["final"].numel() else None
+        if self._final not in (None, *self.context.planner.candidates):
+            raise DataError(
+                f"the checkpoint has settled on {self._final}, which is no shape of this target "
+                f"({self.context.planner.budget.show()}); resume with the target that it was made with, or start anew"
+            )
+
+
+def _tried(options: MethodOptions) -> bool:
+    return isinstance(options, TriedScheduleOptions) and options.shape == "tried"
 
 
 class LastingMask(ScheduledMask):
@@ -171,8 +181,7 @@ class LastingMask(ScheduledMask):
     def aim_plan(self, way: float) -> Mapping[str, tuple[int, ...]]:
         planner = self.context.planner
         if self._final is None:
-            self.settle(planner.plan(self.scores()))
-            assert self._final is not None
+            self._final = plan_shape(planner.arch, planner.plan(self.scores()))
         pairs = zip(astuple(full_shape(planner.arch)), astuple(self._final))
         widths = (now - math.floor(way * (now - last)) for now, last in pairs)
         return planner.plan(self.scores(), shape=Shape(*widths)).kept

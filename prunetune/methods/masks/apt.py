@@ -43,11 +43,11 @@ class AptMask(ScheduledMask):
     Options = AptOptions
     paper = "arXiv 2401.12200"
     needs = "gate gradients, base weights of o and down (dequantised if quantised)"
-    cost = "a pass over o and down at every decision; shape=tried: once, 5 forward passes of 2048 tokens"
+    cost = "a pass over o and down at every decision; shape=tried: once, 5 forward passes over 1024 targets"
     reads_adapters = True
 
     def __init__(self, context: MaskContext, options: AptOptions):
-        super().__init__(context, options, tried=options.shape == "tried")
+        super().__init__(context, options)
         self._apt = options
         self.refresh = options.refresh or max(1, math.ceil(self.ramp_steps / EVENTS))
         self._mean = {site.name: torch.zeros(site.size) for site in self.sites}

@@ -42,12 +42,12 @@ class SaliencyMask(ScheduledMask):
     Options = SaliencyOptions
     paper = "arXiv 1801.05787"
     needs = "gate gradients per token"
-    cost = "a reduction over each gated input; shape=tried: once, 5 forward passes of 2048 tokens"
+    cost = "a reduction over each gated input; shape=tried: once, 5 forward passes over 1024 targets"
     record_squares = True
     ranks_hidden = True
 
     def __init__(self, context: MaskContext, options: SaliencyOptions):
-        super().__init__(context, options, tried=options.shape == "tried")
+        super().__init__(context, options)
         self.options: SaliencyOptions = options
         self._mean = {site.name: torch.zeros(site.size) for site in self.sites}
         self._weight = {site.name: torch.zeros(site.size, dtype=torch.float64) for site in self.sites}
