@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from prunetune.config.presets import Derived, derive, export_folder, phase_steps
+from prunetune.config.presets import Derived, derive, export_folder, phase_steps, total_steps
 from prunetune.config.rules import cautions
 from prunetune.config.schema import RunConfig
 from prunetune.config.selection_rules import step_cost
@@ -33,7 +33,6 @@ from prunetune.model.budget import (
 from prunetune.model.planner import Planner
 from prunetune.model.resolve import read_config
 from prunetune.pipeline.memory import lora_params, training_memory
-from prunetune.pipeline.steps import run_steps
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,9 @@ def _require_adapters(config: RunConfig, dense: Facts) -> None:
 def _steps(config: RunConfig, rows: int | None) -> int | None:
     if config.train.max_steps > 0:
         return config.train.max_steps
-    # Packing puts several rows into one, how many only the tokens tell.
-    return run_steps(config.train, config.prune(), rows) if rows and not config.train.packing else None
+    # Packing puts several rows into one, how many only the tokens tell. What a mask holds out (atp with alternate) is
+    # not left out here: masks need torch, which planning does without.
+    return total_steps(config.train, rows) if rows and not config.train.packing else None
 
 
 def _relative_flops(config: RunConfig, steps: int | None, dense: Facts, compact: Facts) -> float | None:
