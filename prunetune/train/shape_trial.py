@@ -73,9 +73,14 @@ def try_shapes(trainer: Any, gate_set: GateSet, planner: Planner, plans: Sequenc
     best = losses.best(planner.arch.vocab_size)
     found = {str(shape): loss for shape, loss in zip(shapes, losses.plans)}
     note(
-        f"shapes tried on {losses.targets} targets in training rows, nats a token before anything is made up for: "
-        f"{', '.join(f'{shape} {loss:.2f}' for shape, loss in found.items())} (whole: {losses.whole:.2f})"
-        f"{'; all are nearer to guessing, or no numbers, so the scores decide' if best is None else ''}"
+        f"shapes tried on {losses.targets} targets in training rows: "
+        f"{', '.join(f'{shape} {loss:.2f}' for shape, loss in found.items())} (loss in nats a token, before a refit and "
+        f"further training; whole: {losses.whole:.2f}); "
+        + (
+            "all are nearer to guessing, or no numbers, so the scores decide"
+            if best is None
+            else f"taken: {shapes[best]}"
+        )
     )
     if trainer.accelerator.is_main_process:
         settled = None if best is None else str(shapes[best])
