@@ -72,15 +72,11 @@ def try_shapes(trainer: Any, gate_set: GateSet, planner: Planner, plans: Sequenc
         return None
     best = losses.best(planner.arch.vocab_size)
     found = {str(shape): loss for shape, loss in zip(shapes, losses.plans)}
+    said = ", ".join(f"{shape} {loss:.2f}" for shape, loss in found.items())
+    end = "all are nearer to guessing, or no numbers: the scores decide" if best is None else f"taken: {shapes[best]}"
     note(
-        f"shapes tried on {losses.targets} targets in training rows: "
-        f"{', '.join(f'{shape} {loss:.2f}' for shape, loss in found.items())} (loss in nats a token, before a refit and "
-        f"further training; whole: {losses.whole:.2f}); "
-        + (
-            "all are nearer to guessing, or no numbers, so the scores decide"
-            if best is None
-            else f"taken: {shapes[best]}"
-        )
+        f"shapes tried on {losses.targets} targets in training rows: {said} (loss in nats a token, before a refit and "
+        f"further training; whole: {losses.whole:.2f}); {end}"
     )
     if trainer.accelerator.is_main_process:
         settled = None if best is None else str(shapes[best])
