@@ -127,8 +127,10 @@ class Planner:
         """
         table = _Scores(self.arch, scores)
         ranked = self._ranked(table, self.candidates)
-        firsts = {(shape.kv_groups, shape.queries_per_group): shape for shape in reversed(ranked)}.values()
-        order = dict.fromkeys([*self._ranked(table, firsts), *ranked])
+        firsts: dict[tuple[int, int], Shape] = {}
+        for shape in ranked:
+            firsts.setdefault((shape.kv_groups, shape.queries_per_group), shape)
+        order = dict.fromkeys([*firsts.values(), *ranked])
         # A part of another shape could only do better than that by chance.
         wide = (shape for shape in order if not any(shape.within(other, self.arch) for other in order))
         return [self._cut(table, shape, {}) for shape in itertools.islice(wide, most)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from prunetune.config.comparison import Cell
 from prunetune.config.recipe import JOINT, ONE_SHOT
 from prunetune.core.errors import Problem, suggest
+from prunetune.model.units import HIDDEN
 from prunetune.pipeline.checks import registered_names
 from prunetune.pipeline.compare_folder import PRUNED
 from prunetune.pipeline.prune_request import PruneRequest, default_units
@@ -48,8 +48,7 @@ def one_shot_request(cell: Cell, model: str, calibration: Sequence[Mapping[str, 
 def cell_problems(cell: Cell) -> list[Problem]:
     """What cannot work whatever the model and the rows are."""
     if cell.kind == ONE_SHOT:
-        # What a stopped run of the cell has pruned is used again.
-        found = _unknown(cell) or replace(one_shot_request(cell, "", ()), replace=True).problems()
+        found = _unknown(cell) or one_shot_request(cell, "", ()).problems()
     else:
         found = list(_joint_problems(cell)) if cell.kind == JOINT else []
     # What an option of `prunetune prune` says, a setting says here.
@@ -69,10 +68,9 @@ def _unknown(cell: Cell) -> list[Problem]:
 
 def _joint_problems(cell: Cell) -> Iterator[Problem]:
     from prunetune.methods.compensation import check_compensation
-    from prunetune.methods.masks import MASKS
+    from prunetune.methods.masks import check_hidden
 
     config = cell.config
     yield from check_compensation(config.compensation.method, config.compensation.options())
-    if "hidden" in config.target.units and not MASKS.get(config.mask.method).ranks_hidden:
-        able = ", ".join(name for name, kind in MASKS.items() if kind.ranks_hidden)
-        yield Problem(f"{config.mask.method} cannot rank hidden dimensions; set one of {able}", "joint")
+    if HIDDEN in config.target.units:
+        yield from check_hidden(config.mask.method)

@@ -94,9 +94,6 @@ class PruneRequest:
         ]
         if self.dtype not in DTYPE_BYTES:
             found.append(Problem(f"{self.dtype} is not {' or '.join(DTYPE_BYTES)}", "--dtype"))
-        if self.out.exists() and not self.replace:
-            message = f"{self.out} exists; name another folder, or add --overwrite to replace an earlier export"
-            found.append(Problem(message, "--out"))
         return found
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from prunetune.core.console import console, note
-from prunetune.core.errors import ConfigError, UnsupportedModelError
+from prunetune.core.errors import ConfigError, Problem, UnsupportedModelError
 from prunetune.core.files import new_file
 from prunetune.core.records import ExportedModel
 from prunetune.export.pruned import PrunedExport
@@ -77,7 +77,11 @@ def prune_once(request: PruneRequest) -> ExportedModel:
         ... # doctest: +SKIP
     """
     quiet_libraries()
-    if problems := request.problems():
+    problems = request.problems()
+    if request.out.exists() and not request.replace:
+        message = f"{request.out} exists; name another folder, or add --overwrite to replace an earlier export"
+        problems.append(Problem(message, "--out"))
+    if problems:
         raise ConfigError(problems)
     refuse_existing(request.out, request.replace)
     return _Pruning(_compensated(request)).run()

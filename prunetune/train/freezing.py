@@ -150,10 +150,10 @@ class FreezingTrainer(SelectingTrainer):
     def _try_shapes(self, search: JointSearch, step: int) -> None:
         """Tries the plans that the mask has for this moment, and lets it settle on the best shape."""
         plans = search.trial(step)
-        if plans and (shape := self._tried(plans, search.gate_set)):
+        if plans and (shape := self._best_shape(plans, search.gate_set)):
             search.mask.settle(shape)
 
-    def _tried(self, plans: Sequence[Plan], gate_set: GateSet) -> Shape | None:
+    def _best_shape(self, plans: Sequence[Plan], gate_set: GateSet) -> Shape | None:
         assert self.prune is not None
         return try_shapes(self, gate_set, self.planner, plans, self.prune.seed)
 
@@ -271,7 +271,7 @@ class FreezingTrainer(SelectingTrainer):
         gates = GateSet(base_model(self.model), self.planner.sites)
         gates.attach()
         try:
-            return self._tried(self.planner.alternatives(scores), gates)
+            return self._best_shape(self.planner.alternatives(scores), gates)
         finally:
             gates.detach()
 

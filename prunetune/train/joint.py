@@ -14,7 +14,7 @@ from prunetune.config.presets import PhaseSteps
 from prunetune.config.schema import PruneConfig
 from prunetune.core.console import warn
 from prunetune.core.errors import Problem
-from prunetune.methods.masks import MASKS, MaskContext, build_mask, check_mask, kept_fraction
+from prunetune.methods.masks import MASKS, MaskContext, build_mask, check_hidden, check_mask, kept_fraction
 from prunetune.model.adapters import AdapterView
 from prunetune.model.gates import GateSet, GateStatistics
 from prunetune.model.plan import Plan
@@ -64,7 +64,7 @@ class JointSearch:
             base_model(model), planner.sites, record_squares=self.mask.record_squares, recompute=recompute
         )
         self.gate_set.attach()
-        self._tried = -1  # the step before which plans were asked for last
+        self._asked = -1  # the step before which plans were asked for last
         self.ranks = RankSearch(model, planner.arch, prune, phases)
 
     @property
@@ -78,7 +78,7 @@ class JointSearch:
 
     def trial(self, step: int) -> list[Plan]:
         """Plans of different shapes to be tried before step ``step``; there are none when asked again."""
-        plans, self._tried = [] if self._tried == step else self.mask.trial(step), step
+        plans, self._asked = [] if self._asked == step else self.mask.trial(step), step
         return plans
 
     def begin_step(self, step: int) -> None:
@@ -157,10 +157,7 @@ def hidden_refusals(trainer: Any, prune: PruneConfig) -> list[Problem]:
     if HIDDEN not in prune.target.units:
         return []
     found = engine_problems(trainer, "pruning the hidden width", "target.units")
-    if not MASKS.get(prune.mask.method).ranks_hidden:
-        able = ", ".join(name for name, kind in MASKS.items() if kind.ranks_hidden)
-        why = f"{prune.mask.method} cannot rank hidden dimensions, which belong to all layers; set one of {able}"
-        found.append(Problem(why, "mask.method"))
+    found += check_hidden(prune.mask.method)
     base = base_model(trainer.model)
     if quantized_linears(base):
         why = "every linear of a quantised base would lose a side; load it in bfloat16, or leave hidden out"

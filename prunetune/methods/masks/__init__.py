@@ -160,6 +160,15 @@ def build_mask(method: str, options: Mapping[str, Any], context: MaskContext) ->
     return kind(context, parse_options("mask", method, kind.Options, options))
 
 
+def check_hidden(method: str) -> list[Problem]:
+    """What is wrong with a mask for the hidden width, with what to set instead."""
+    if MASKS.get(method).ranks_hidden:
+        return []
+    able = ", ".join(name for name, kind in MASKS.items() if kind.ranks_hidden)
+    why = f"{method} cannot rank hidden dimensions, which belong to all layers; set one of {able}"
+    return [Problem(why, "mask.method")]
+
+
 def check_mask(method: str, options: Mapping[str, Any]) -> list[Problem]:
     """The problems that ``build_mask`` would raise, without building anything."""
     return problems_of(lambda: parse_options("mask", method, MASKS.get(method).Options, options))
